@@ -1,0 +1,20 @@
+"""DINO and DINOv2 in JAX/Flax: models, heads and the method itself, as arrays in and arrays out."""
+
+from dinojax.checkpoint import load, save
+from dinojax.errors import UserError
+from dinojax.head import DINOHead
+from dinojax.variants import VARIANTS
+from dinojax.vit import Features, VisionTransformer, ViTConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VARIANTS",
+    "DINOHead",
+    "Features",
+    "UserError",
+    "ViTConfig",
+    "VisionTransformer",
+    "load",
+    "save",
+]

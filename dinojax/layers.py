@@ -1,0 +1,171 @@
+"""The parts of a vision transformer: patch embedding, attention, feed-forward, LayerScale, drop path, block.
+
+Parameter paths are upstream's (`attn.qkv.kernel`, `mlp.fc1.bias`, `ls1.gamma`, …). Every layer computes in the dtype
+of its parameters; LayerNorm statistics and the softmax take float32 where that is lower.
+
+Source: facebookresearch/dino 7c446df `vision_transformer.py`, facebookresearch/dinov2 b8931f7 `dinov2/layers/`.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+# Upstream truncates at ±2 in absolute terms: a hundred standard deviations, so the plain normal is the same draw.
+_linear_init = nnx.initializers.normal(0.02)
+
+Linear = functools.partial(nnx.Linear, kernel_init=_linear_init)
+LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-6, use_fast_variance=False)
+gelu = functools.partial(jax.nn.gelu, approximate=False)  # upstream's is the exact (erf) one
+
+
+def uniform_fan_in(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, *_: object, fan_in: int) -> Array:
+    """torch's default for convolutions, weight and bias alike."""
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class PatchEmbed(nnx.Module):
+    """Cuts an image into patches and projects each linearly; pixels beyond the last whole patch are dropped."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, *, rngs: nnx.Rngs):
+        self.patch_size = patch_size
+        init = functools.partial(uniform_fan_in, fan_in=in_chans * patch_size**2)
+        size = (patch_size, patch_size)
+        self.proj = nnx.Conv(in_chans, embed_dim, size, strides=size, kernel_init=init, bias_init=init, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens dim"]:
+        batch, height, width, channels = images.shape
+        patch, rows, columns = self.patch_size, height // self.patch_size, width // self.patch_size
+        kernel = self.proj.kernel[...]
+        # The convolution's stride is its size, so it is one matrix product: faster on every backend.
+        patches = images[:, : rows * patch, : columns * patch].astype(kernel.dtype)
+        patches = patches.reshape(batch, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+        patches = patches.reshape(batch, rows * columns, patch * patch * channels)
+        return patches @ kernel.reshape(-1, kernel.shape[-1]) + self.proj.bias[...]
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with one fused projection, laid out (3, heads, head_dim) as upstream."""
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, rngs: nnx.Rngs):
+        self.num_heads = num_heads
+        self.qkv = Linear(dim, 3 * dim, use_bias=qkv_bias, rngs=rngs)
+        self.proj = Linear(dim, dim, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
+        query, key, value = self._heads(x)
+        scores = _scores(query, key)
+        # Dividing after the product with the values touches head_dim numbers a query instead of `tokens`.
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(value.dtype), value)
+        out = (out / weights.sum(-1, keepdims=True)).astype(x.dtype)
+        return self.proj(out.transpose(0, 2, 1, 3).reshape(x.shape))
+
+    def probs(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens tokens"]:
+        """The attention probabilities themselves; each row (a query) sums to one."""
+        query, key, _ = self._heads(x)
+        return jax.nn.softmax(_scores(query, key), axis=-1).astype(x.dtype)
+
+    def _heads(self, x: Array) -> Array:
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        return qkv.transpose(2, 0, 3, 1, 4)
+
+
+def _scores(query: Array, key: Array) -> Array:
+    """Scaled products of every query with every key, in float32 at least."""
+    scale = query.shape[-1] ** -0.5
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    return jnp.einsum("bhqd,bhkd->bhqk", query * scale, key, preferred_element_type=dtype)
+
+
+class Mlp(nnx.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(dim, hidden_dim, rngs=rngs)
+        self.fc2 = Linear(hidden_dim, dim, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
+        return self.fc2(gelu(self.fc1(x)))
+
+
+class SwiGLUFFN(nnx.Module):
+    """SiLU-gated feed-forward with a fused input projection: w3(silu(x1) · x2) for x1, x2 = w12(x)."""
+
+    def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs):
+        self.w12 = Linear(dim, 2 * hidden_dim, rngs=rngs)
+        self.w3 = Linear(hidden_dim, dim, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
+        gate, value = jnp.split(self.w12(x), 2, axis=-1)
+        return self.w3(jax.nn.silu(gate) * value)
+
+
+def swiglu_hidden_dim(dim: int, mlp_ratio: float) -> int:
+    """Upstream's `swiglufused` width: two thirds of the MLP's, rounded up to a multiple of 8."""
+    return (int(int(dim * mlp_ratio) * 2 / 3) + 7) // 8 * 8
+
+
+class LayerScale(nnx.Module):
+    """A learned factor per channel on a residual branch."""
+
+    def __init__(self, dim: int, init_value: float):
+        self.gamma = nnx.Param(jnp.full((dim,), init_value))
+
+    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        return x * self.gamma[...]
+
+
+def drop_path(x: Float[Array, "batch *rest"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "batch *rest"]:
+    """Zeroes whole samples with probability `rate` and rescales the rest; no key means inference."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block: attention, then feed-forward, each with optional LayerScale and drop path."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        ffn_layer: str,
+        init_values: float | None,
+        drop_path_rate: float,
+        rngs: nnx.Rngs,
+    ):
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = LayerNorm(dim, rngs=rngs)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, rngs=rngs)
+        self.norm2 = LayerNorm(dim, rngs=rngs)
+        if ffn_layer == "mlp":
+            self.mlp = Mlp(dim, int(dim * mlp_ratio), rngs=rngs)
+        else:
+            self.mlp = SwiGLUFFN(dim, swiglu_hidden_dim(dim, mlp_ratio), rngs=rngs)
+        self.ls1 = None if init_values is None else LayerScale(dim, init_values)
+        self.ls2 = None if init_values is None else LayerScale(dim, init_values)
+
+    def __call__(
+        self, x: Float[Array, "batch tokens dim"], *, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "batch tokens dim"]:
+        attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        x = x + drop_path(_scaled(self.ls1, self.attn(self.norm1(x))), self.drop_path_rate, attn_key)
+        return x + drop_path(_scaled(self.ls2, self.mlp(self.norm2(x))), self.drop_path_rate, mlp_key)
+
+    def attention_probs(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens tokens"]:
+        """The probabilities with which this block's attention would mix `x`."""
+        return self.attn.probs(self.norm1(x))
+
+
+def _scaled(scale: LayerScale | None, x: Array) -> Array:
+    return x if scale is None else scale(x)

@@ -1,0 +1,243 @@
+"""The vision transformer of DINO and DINOv2: its configuration, its outputs, the model.
+
+Source: facebookresearch/dino 7c446df `vision_transformer.py`,
+facebookresearch/dinov2 b8931f7 `dinov2/models/vision_transformer.py`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from dinojax.layers import Block, LayerNorm, PatchEmbed
+from dinojax.position import interpolate_pos_embed
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """What a `VisionTransformer` is built from, in upstream's constructor words.
+
+    Sizes are in pixels; `img_size` is the size the position table was trained at, and images of any other size may be
+    passed to the model. The defaults are DINO ViT-S/16.
+
+    Attributes:
+        ffn_layer: "mlp", or "swiglufused" as in DINOv2 ViT-g.
+        init_values: initial LayerScale factor; None leaves LayerScale out.
+        interpolate_antialias: how the position table is resized, see `dinojax.position`.
+        interpolate_offset: likewise.
+        drop_path_rate: highest rate; it grows linearly with depth unless `drop_path_uniform`.
+        family: "dinov2" models have a mask token and refuse images that the patch does not divide; "dino" models cut
+            the rest off. None decides by what only DINOv2 has: LayerScale, registers, SwiGLU.
+    """
+
+    img_size: int = 224
+    patch_size: int = 16
+    embed_dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4
+    qkv_bias: bool = True
+    ffn_layer: Literal["mlp", "swiglufused"] = "mlp"
+    init_values: float | None = None
+    num_register_tokens: int = 0
+    interpolate_antialias: bool = False
+    interpolate_offset: float = 0.1
+    drop_path_rate: float = 0.0
+    drop_path_uniform: bool = False
+    in_chans: int = 3
+    family: Literal["dino", "dinov2"] | None = None
+
+    def __post_init__(self):
+        if self.family is None:
+            only_v2 = self.init_values is not None or self.num_register_tokens > 0 or self.ffn_layer != "mlp"
+            object.__setattr__(self, "family", "dinov2" if only_v2 else "dino")
+        if self.ffn_layer not in ("mlp", "swiglufused"):
+            raise ValueError(f"ffn_layer={self.ffn_layer!r} is not 'mlp' or 'swiglufused'")
+        if self.num_heads < 1 or self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim={self.embed_dim} cannot be split over num_heads={self.num_heads}")
+        if not 0 < self.patch_size <= self.img_size:
+            raise ValueError(f"img_size={self.img_size} does not hold one patch of patch_size={self.patch_size}")
+
+    @property
+    def num_patches(self) -> int:
+        """Entries of the position table without the class entry."""
+        return (self.img_size // self.patch_size) ** 2
+
+
+class Features(NamedTuple):
+    """What the model makes of a batch of images. All but `prenorm` are after the final LayerNorm.
+
+    `prenorm` holds every token before it, in the order CLS, registers, patches (row-major, rows first).
+    """
+
+    cls_token: Float[Array, "batch dim"]
+    patch_tokens: Float[Array, "batch patches dim"]
+    register_tokens: Float[Array, "batch registers dim"]
+    prenorm: Float[Array, "batch tokens dim"]
+
+
+class VisionTransformer(nnx.Module):
+    """DINO / DINOv2 backbone for NHWC images of any size, normalised as the weights expect.
+
+    It computes in the dtype of its parameters. Drop path is drawn only where a `key` is given.
+    """
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dim, v2 = config.embed_dim, config.family == "dinov2"
+        normal, draw = jax.random.normal, rngs.params
+        self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim, rngs=rngs)
+        self.cls_token = nnx.Param((1e-6 if v2 else 0.02) * normal(draw(), (1, 1, dim)))
+        self.pos_embed = nnx.Param(0.02 * normal(draw(), (1, 1 + config.num_patches, dim)))
+        self.mask_token = nnx.Param(jnp.zeros((1, dim))) if v2 else None
+        registers = config.num_register_tokens
+        self.register_tokens = nnx.Param(1e-6 * normal(draw(), (1, registers, dim))) if registers else None
+        self.blocks = nnx.List(
+            Block(
+                dim,
+                config.num_heads,
+                mlp_ratio=config.mlp_ratio,
+                qkv_bias=config.qkv_bias,
+                ffn_layer=config.ffn_layer,
+                init_values=config.init_values,
+                drop_path_rate=rate,
+                rngs=rngs,
+            )
+            for rate in _drop_path_rates(config)
+        )
+        self.norm = LayerNorm(dim, rngs=rngs)
+
+    def __call__(
+        self,
+        images: Float[Array, "batch height width channels"],
+        masks: Bool[Array, "batch patches"] | None = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Features:
+        """Features of a batch of images.
+
+        Args:
+            images: float images, height before width.
+            masks: patches to replace by the mask token, row-major (DINOv2 only).
+            key: draws drop path; None is inference.
+
+        Raises:
+            ValueError: a DINOv2 model and a size that its patch does not divide, or masks for a model without a mask
+                token.
+        """
+        x = self._embed(images, masks)
+        for block, block_key in zip(self.blocks, self._block_keys(key)):
+            x = block(x, key=block_key)
+        cls_token, register_tokens, patch_tokens = self._split(self.norm(x))
+        return Features(cls_token, patch_tokens, register_tokens, prenorm=x)
+
+    def get_intermediate_layers(
+        self,
+        images: Float[Array, "batch height width channels"],
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple:
+        """Patch tokens after chosen blocks, with DINOv2's meaning for every model.
+
+        Args:
+            images: float images, height before width.
+            n: the last `n` blocks, or the indices of blocks.
+            reshape: return maps "batch rows columns dim" in place of "batch patches dim".
+            return_class_token: return pairs (patch tokens, class token "batch dim").
+            norm: apply the final LayerNorm to each block's output.
+
+        Returns:
+            One entry a block, in the order of the blocks; CLS and registers are not among the patches.
+        """
+        wanted = self._block_indices(n)
+        outputs = []
+        x = self._embed(images)
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in wanted:
+                cls_token, _, patches = self._split(self.norm(x) if norm else x)
+                if reshape:
+                    patches = patches.reshape(patches.shape[0], *self._grid(images), -1)
+                outputs.append((patches, cls_token) if return_class_token else patches)
+        return tuple(outputs)
+
+    def get_last_selfattention(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch heads tokens tokens"]:
+        """Attention probabilities of the last block, tokens in the order CLS, registers, patches."""
+        x = self._embed(images)
+        for block in list(self.blocks)[:-1]:
+            x = block(x)
+        return self.blocks[-1].attention_probs(x)
+
+    def interpolated_pos_embed(self, height: int, width: int) -> Float[Array, "1 positions dim"]:
+        """The position embedding, class entry first, that images of `height` × `width` pixels get."""
+        rows, columns = height // self.config.patch_size, width // self.config.patch_size
+        pos_embed = self.pos_embed[...]
+        if rows * columns == self.config.num_patches and height == width:
+            return pos_embed
+        return interpolate_pos_embed(
+            pos_embed,
+            rows,
+            columns,
+            antialias=self.config.interpolate_antialias,
+            offset=self.config.interpolate_offset,
+        )
+
+    def _embed(self, images: Array, masks: Array | None = None) -> Array:
+        """Patches (some replaced by the mask token), CLS in front, positions added, then registers put in between."""
+        self._check_size(images)
+        x = self.patch_embed(images)
+        if masks is not None:
+            if self.mask_token is None:
+                raise ValueError("masks were given to a DINO (v1) model, which has no mask token")
+            x = jnp.where(masks[..., None], self.mask_token[...].astype(x.dtype), x)
+        batch, _, dim = x.shape
+        x = jnp.concatenate([jnp.broadcast_to(self.cls_token[...], (batch, 1, dim)), x], axis=1)
+        x = x + self.interpolated_pos_embed(*images.shape[1:3])
+        if self.register_tokens is None:
+            return x
+        registers = jnp.broadcast_to(self.register_tokens[...], (batch, self.config.num_register_tokens, dim))
+        return jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
+
+    def _check_size(self, images: Array) -> None:
+        height, width, patch = *images.shape[1:3], self.config.patch_size
+        if min(height, width) < patch:
+            raise ValueError(f"images of {height}×{width} px are smaller than one patch of {patch} px")
+        if self.config.family == "dinov2" and (height % patch or width % patch):
+            raise ValueError(
+                f"images of {height}×{width} px are no multiple of the patch size {patch}; resize them to one, "
+                f"such as {round(height / patch) * patch}×{round(width / patch) * patch}"
+            )
+
+    def _block_indices(self, n: int | Sequence[int]) -> set[int]:
+        depth = len(self.blocks)
+        wanted = set(range(depth - n, depth)) if isinstance(n, int) else set(n)
+        if not wanted or not wanted <= set(range(depth)):
+            raise ValueError(f"n={n!r} does not name blocks of a model with {depth} blocks (0 to {depth - 1})")
+        return wanted
+
+    def _block_keys(self, key: Array | None) -> list[Array | None]:
+        depth = len(self.blocks)
+        return [None] * depth if key is None else list(jax.random.split(key, depth))
+
+    def _grid(self, images: Array) -> tuple[int, int]:
+        return images.shape[1] // self.config.patch_size, images.shape[2] // self.config.patch_size
+
+    def _split(self, x: Array) -> tuple[Array, Array, Array]:
+        """Class token, register tokens, patch tokens."""
+        first_patch = 1 + self.config.num_register_tokens
+        return x[:, 0], x[:, 1:first_patch], x[:, first_patch:]
+
+
+def _drop_path_rates(config: ViTConfig) -> list[float]:
+    if config.drop_path_uniform:
+        return [config.drop_path_rate] * config.depth
+    return [float(rate) for rate in np.linspace(0, config.drop_path_rate, config.depth)]
