@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from dinojax.errors import UserError
-from dinojax.vit import ViTConfig, VisionTransformer
+from dinojax.vit import VisionTransformer, ViTConfig
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -27,15 +27,15 @@ def named_parameters(module: nnx.Module) -> dict[str, jax.Array]:
 
 
 def with_parameters(module: nnx.Module, arrays: Mapping[str, np.ndarray | jax.Array]) -> nnx.Module:
-    """A copy of `module` (real or abstract) that holds exactly `arrays`, given under the dotted paths.
+    """A copy of `module` (real or abstract) that holds copies of exactly `arrays`, given under the dotted paths.
 
     Raises:
-        ValueError: a missing, extra or misshapen array; the message names all of them.
+        UserError: a missing, extra or misshapen array; the message names all of them.
     """
     graphdef, state = nnx.split(module, nnx.Param)
     flat = nnx.to_flat_state(state)
     raise_unless_same({_dotted(path): param.shape for path, param in flat}, {k: v.shape for k, v in arrays.items()})
-    filled = [(path, param.replace(jax.numpy.asarray(arrays[_dotted(path)]))) for path, param in flat]
+    filled = [(path, param.replace(jax.numpy.array(arrays[_dotted(path)]))) for path, param in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
@@ -56,7 +56,7 @@ def save(model: VisionTransformer, path: str | Path, *, source: Mapping[str, obj
     """Writes a model to the folder `path`, whole or not at all.
 
     Args:
-        model: parameters are stored in the dtype they have.
+        model: its parameters are stored in the dtype they have.
         path: a folder that does not exist yet, or one that an earlier `save` made, which is replaced.
         source: where the weights come from; JSON values, kept beside the configuration.
     """
@@ -78,9 +78,12 @@ def save(model: VisionTransformer, path: str | Path, *, source: Mapping[str, obj
         if path.exists():
             shutil.rmtree(path)
         partial.rename(path)
-    except BaseException:
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written: {error.strerror or error}; free some space or name another folder"
+        ) from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     return path
 
 

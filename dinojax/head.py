@@ -3,12 +3,15 @@
 Source: facebookresearch/dino 7c446df `vision_transformer.DINOHead`.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dinojax.layers import Linear, gelu, uniform_fan_in
+from dinojax.layers import Linear, gelu, torch_default_init
 
 
 class DINOHead(nnx.Module):
@@ -36,12 +39,12 @@ class DINOHead(nnx.Module):
         rngs: nnx.Rngs,
     ):
         widths = [in_dim] + [hidden_dim] * (nlayers - 1) + [bottleneck_dim]
-        layers = [Linear(*pair, rngs=rngs) for pair in zip(widths, widths[1:])]
+        layers = [Linear(*pair, rngs=rngs) for pair in itertools.pairwise(widths)]
         # Upstream's names count the GELUs between the layers: mlp.0, mlp.2, mlp.4; one layer alone is just `mlp`.
         self.mlp = layers[0] if nlayers == 1 else nnx.Dict({str(2 * i): layer for i, layer in enumerate(layers)})
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_norm=not norm_last_layer, rngs=rngs)
 
-    def __call__(self, features: Float[Array, "*batch in_dim"]) -> Float[Array, "*batch prototypes"]:
+    def __call__(self, features: Float[Array | np.ndarray, "*batch in_dim"]) -> Float[Array, "*batch prototypes"]:
         x = features
         if isinstance(self.mlp, nnx.Dict):
             *hidden, last = sorted(self.mlp.keys(), key=int)
@@ -58,7 +61,7 @@ class WeightNormLinear(nnx.Module):
 
     def __init__(self, in_dim: int, out_dim: int, *, train_norm: bool, rngs: nnx.Rngs):
         self.train_norm = train_norm
-        self.weight_v = nnx.Param(uniform_fan_in(rngs.params(), (out_dim, in_dim), jnp.float32, fan_in=in_dim))
+        self.weight_v = nnx.Param(torch_default_init(in_dim)(rngs.params(), (out_dim, in_dim)))
         self.weight_g = nnx.Param(jnp.ones((out_dim, 1)))
 
     def __call__(self, x: Float[Array, "*batch in_dim"]) -> Float[Array, "*batch out_dim"]:

@@ -8,9 +8,11 @@ Source: facebookresearch/dino 7c446df `vision_transformer.py`, facebookresearch/
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -22,10 +24,10 @@ LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-6, use_fast_variance=Fal
 gelu = functools.partial(jax.nn.gelu, approximate=False)  # upstream's is the exact (erf) one
 
 
-def uniform_fan_in(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, *_: object, fan_in: int) -> Array:
-    """torch's default for convolutions, weight and bias alike."""
+def torch_default_init(fan_in: int) -> Callable[..., Array]:
+    """torch's initial values for convolutions and bare weights: uniform within ±1/√fan_in, biases too."""
     bound = 1 / math.sqrt(fan_in)
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda key, shape, dtype=jnp.float32, *_: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class PatchEmbed(nnx.Module):
@@ -33,11 +35,13 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int, *, rngs: nnx.Rngs):
         self.patch_size = patch_size
-        init = functools.partial(uniform_fan_in, fan_in=in_chans * patch_size**2)
+        init = torch_default_init(in_chans * patch_size**2)
         size = (patch_size, patch_size)
         self.proj = nnx.Conv(in_chans, embed_dim, size, strides=size, kernel_init=init, bias_init=init, rngs=rngs)
 
-    def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens dim"]:
+    def __call__(
+        self, images: Float[Array | np.ndarray, "batch height width channels"]
+    ) -> Float[Array, "batch tokens dim"]:
         batch, height, width, channels = images.shape
         patch, rows, columns = self.patch_size, height // self.patch_size, width // self.patch_size
         kernel = self.proj.kernel[...]

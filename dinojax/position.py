@@ -41,7 +41,10 @@ def resize_matrix(side: int, size: int, antialias: bool, offset: float) -> Float
     """The weights with which each of `size` outputs takes from `side` inputs, in float64; each row sums to one."""
     step = side / (size + offset)  # input positions per output position
     centers = step * (np.arange(size) + 0.5)
-    return _antialiased_weights(centers, step, side) if antialias else _four_tap_weights(centers, side)
+    if not antialias:
+        return _four_tap_weights(centers, side)
+    # torch leaves out an antialiased pass that keeps the size, whatever the scale factor.
+    return np.eye(side) if size == side else _antialiased_weights(centers, step, side)
 
 
 def _four_tap_weights(centers: np.ndarray, side: int) -> np.ndarray:

@@ -42,7 +42,7 @@ class ViTConfig:
     num_heads: int = 6
     mlp_ratio: float = 4
     qkv_bias: bool = True
-    ffn_layer: Literal["mlp", "swiglufused"] = "mlp"
+    ffn_layer: str = "mlp"
     init_values: float | None = None
     num_register_tokens: int = 0
     interpolate_antialias: bool = False
@@ -114,8 +114,8 @@ class VisionTransformer(nnx.Module):
 
     def __call__(
         self,
-        images: Float[Array, "batch height width channels"],
-        masks: Bool[Array, "batch patches"] | None = None,
+        images: Float[Array | np.ndarray, "batch height width channels"],
+        masks: Bool[Array | np.ndarray, "batch patches"] | None = None,
         *,
         key: Key[Array, ""] | None = None,
     ) -> Features:
@@ -138,7 +138,7 @@ class VisionTransformer(nnx.Module):
 
     def get_intermediate_layers(
         self,
-        images: Float[Array, "batch height width channels"],
+        images: Float[Array | np.ndarray, "batch height width channels"],
         n: int | Sequence[int] = 1,
         reshape: bool = False,
         return_class_token: bool = False,
@@ -164,12 +164,14 @@ class VisionTransformer(nnx.Module):
             if index in wanted:
                 cls_token, _, patches = self._split(self.norm(x) if norm else x)
                 if reshape:
-                    patches = patches.reshape(patches.shape[0], *self._grid(images), -1)
+                    patches = patches.reshape(
+                        len(patches), images.shape[1] // self.config.patch_size, -1, patches.shape[-1]
+                    )
                 outputs.append((patches, cls_token) if return_class_token else patches)
         return tuple(outputs)
 
     def get_last_selfattention(
-        self, images: Float[Array, "batch height width channels"]
+        self, images: Float[Array | np.ndarray, "batch height width channels"]
     ) -> Float[Array, "batch heads tokens tokens"]:
         """Attention probabilities of the last block, tokens in the order CLS, registers, patches."""
         x = self._embed(images)
@@ -191,9 +193,9 @@ class VisionTransformer(nnx.Module):
             offset=self.config.interpolate_offset,
         )
 
-    def _embed(self, images: Array, masks: Array | None = None) -> Array:
+    def _embed(self, images: Array | np.ndarray, masks: Array | np.ndarray | None = None) -> Array:
         """Patches (some replaced by the mask token), CLS in front, positions added, then registers put in between."""
-        self._check_size(images)
+        self._check_size(*images.shape[1:3])
         x = self.patch_embed(images)
         if masks is not None:
             if self.mask_token is None:
@@ -207,8 +209,8 @@ class VisionTransformer(nnx.Module):
         registers = jnp.broadcast_to(self.register_tokens[...], (batch, self.config.num_register_tokens, dim))
         return jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
 
-    def _check_size(self, images: Array) -> None:
-        height, width, patch = *images.shape[1:3], self.config.patch_size
+    def _check_size(self, height: int, width: int) -> None:
+        patch = self.config.patch_size
         if min(height, width) < patch:
             raise ValueError(f"images of {height}×{width} px are smaller than one patch of {patch} px")
         if self.config.family == "dinov2" and (height % patch or width % patch):
@@ -227,9 +229,6 @@ class VisionTransformer(nnx.Module):
     def _block_keys(self, key: Array | None) -> list[Array | None]:
         depth = len(self.blocks)
         return [None] * depth if key is None else list(jax.random.split(key, depth))
-
-    def _grid(self, images: Array) -> tuple[int, int]:
-        return images.shape[1] // self.config.patch_size, images.shape[2] // self.config.patch_size
 
     def _split(self, x: Array) -> tuple[Array, Array, Array]:
         """Class token, register tokens, patch tokens."""

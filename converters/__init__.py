@@ -1,0 +1,5 @@
+"""Other people's weights: official PyTorch checkpoints in, Flax modules out. The only code that imports torch."""
+
+from converters.torch_to_flax import from_torch, head_from_torch
+
+__all__ = ["from_torch", "head_from_torch"]

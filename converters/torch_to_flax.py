@@ -1,0 +1,163 @@
+"""Official PyTorch state dicts → Flax modules: names and transposes, strict about both.
+
+Three rules turn an official tensor into ours, since parameter paths are upstream's: a 4-D `weight` becomes `kernel`,
+OIHW → HWIO; a 2-D `weight` becomes `kernel`, transposed; a 1-D `weight` becomes `scale`. All other names and layouts
+are the same. What wraps and prefixes official checkpoints, and Hugging Face's names, is undone first.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from converters.layouts import part_of_checkpoint
+from dinojax.checkpoint import abstract_model, raise_unless_same, with_parameters
+from dinojax.errors import UserError
+from dinojax.head import DINOHead
+from dinojax.layers import swiglu_hidden_dim
+from dinojax.vit import VisionTransformer, ViTConfig
+
+
+def from_torch(
+    state_dict: Mapping[str, Any],
+    *,
+    config: ViTConfig | None = None,
+    num_heads: int | None = None,
+    which: str = "teacher",
+) -> VisionTransformer:
+    """Builds the backbone that an official checkpoint describes.
+
+    Args:
+        state_dict: torch tensors or numpy arrays under official names (DINO, DINOv2, also wrapped, prefixed or
+            chunked) or under Hugging Face's names for DINOv2.
+        config: the architecture; None infers all that the shapes tell, with registers → antialias and offset 0, else
+            offset 0.1.
+        num_heads: shapes do not tell it; None means 64 channels a head, as in every published model.
+        which: the network to take from a training checkpoint, "teacher" or "student".
+
+    Returns:
+        The model, in float32, or float64 where the checkpoint is and jax has it enabled.
+
+    Raises:
+        UserError: a missing, extra or misshapen tensor (all are named), no such network, or not a state dict.
+    """
+    state = part_of_checkpoint(state_dict, part="backbone", which=which)
+    if config is None:
+        config = infer_config(state, num_heads)
+    elif "mask_token" in state:
+        config = dataclasses.replace(config, family="dinov2")
+    return fill(abstract_model(config), state)
+
+
+def head_from_torch(
+    state_dict: Mapping[str, Any], *, which: str = "teacher", norm_last_layer: bool | None = None
+) -> DINOHead:
+    """Builds the DINO head that a checkpoint holds, with one or more layers.
+
+    Args:
+        state_dict: as for `from_torch`; names bare (`mlp.0.weight`), or under `head.`, `teacher.head.`, `dino_head.`.
+        which: the network to take from a training checkpoint, "teacher" or "student".
+        norm_last_layer: None means that the prototypes' lengths are frozen where all are exactly one.
+
+    Raises:
+        UserError: a missing, extra or misshapen tensor (all are named), or no head.
+    """
+    state = part_of_checkpoint(state_dict, part="head", which=which)
+    layers = [name for name in sorted(state) if re.fullmatch(r"mlp\.(\d+\.)?weight", name) and state[name].ndim == 2]
+    lengths = state.get("last_layer.weight_g")
+    if not layers or lengths is None or "last_layer.weight_v" not in state:
+        raise UserError(
+            f"no DINO head: mlp.*.weight, last_layer.weight_g and last_layer.weight_v were expected among {_few(state)}"
+        )
+    layers.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+    prototypes, bottleneck_dim = state["last_layer.weight_v"].shape
+    if norm_last_layer is None:
+        norm_last_layer = bool(np.all(lengths == 1))
+    sizes = {
+        "in_dim": state[layers[0]].shape[1],
+        "out_dim": prototypes,
+        "hidden_dim": state[layers[0]].shape[0],
+        "bottleneck_dim": bottleneck_dim,
+        "nlayers": len(layers),
+    }
+    return fill(nnx.eval_shape(lambda: DINOHead(**sizes, norm_last_layer=norm_last_layer, rngs=nnx.Rngs(0))), state)
+
+
+def fill(module: nnx.Module, state: Mapping[str, np.ndarray]) -> nnx.Module:
+    """A copy of `module` (real or abstract) holding exactly the official tensors in `state`.
+
+    Raises:
+        UserError: a missing, extra or misshapen tensor, all named as upstream names them.
+    """
+    rules = {path: _rule(path, param.shape) for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    expected = {rule.name: rule.shape for rule in rules.values()}
+    raise_unless_same(expected, {name: array.shape for name, array in state.items()})
+    return with_parameters(
+        module, {".".join(map(str, path)): state[rule.name].transpose(rule.axes) for path, rule in rules.items()}
+    )
+
+
+class _Rule(NamedTuple):
+    """An official tensor, and the order of its axes in which it is ours."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+
+def _rule(path: tuple[Any, ...], shape: tuple[int, ...]) -> _Rule:
+    """The official counterpart of the parameter at `path`."""
+    *parents, leaf = map(str, path)
+    axes = tuple(range(len(shape)))
+    if leaf == "kernel":
+        axes = (2, 3, 1, 0) if len(shape) == 4 else (1, 0)
+    official_shape = tuple(shape[axes.index(axis)] for axis in range(len(shape)))
+    return _Rule(".".join([*parents, "weight" if leaf in ("kernel", "scale") else leaf]), official_shape, axes)
+
+
+def infer_config(state: Mapping[str, np.ndarray], num_heads: int | None = None) -> ViTConfig:
+    """The configuration that official tensors tell by their names and shapes."""
+    needed = ("pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight")
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise UserError(f"no DINO or DINOv2 backbone: {', '.join(missing)} missing among {_few(state)}")
+    embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
+    if num_heads is None and embed_dim % 64:
+        raise UserError(
+            f"num_heads cannot be told from embed_dim={embed_dim}, which 64 does not divide: pass num_heads"
+        )
+    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    only_v2 = {"mask_token", "register_tokens", "blocks.0.ls1.gamma", "blocks.0.mlp.w12.weight"}
+    return ViTConfig(
+        img_size=side * patch_size,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        num_heads=num_heads or embed_dim // 64,
+        **_feed_forward(state, embed_dim),
+        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
+        num_register_tokens=registers,
+        interpolate_antialias=registers > 0,
+        interpolate_offset=0.0 if registers else 0.1,
+        in_chans=in_chans,
+        family="dinov2" if only_v2 & set(state) else "dino",
+    )
+
+
+def _feed_forward(state: Mapping[str, np.ndarray], embed_dim: int) -> dict[str, Any]:
+    if "blocks.0.mlp.w12.weight" not in state:
+        hidden = state["blocks.0.mlp.fc1.weight"].shape[0] if "blocks.0.mlp.fc1.weight" in state else 4 * embed_dim
+        return {"ffn_layer": "mlp", "mlp_ratio": hidden / embed_dim}
+    hidden = state["blocks.0.mlp.w12.weight"].shape[0] // 2
+    ratio = 4 if swiglu_hidden_dim(embed_dim, 4) == hidden else 1.5 * hidden / embed_dim
+    return {"ffn_layer": "swiglufused", "mlp_ratio": ratio}
+
+
+def _few(state: Mapping[str, Any]) -> str:
+    names = list(state)
+    return f"{len(names)} names such as {', '.join(names[:3])}" if names else "no names at all"
