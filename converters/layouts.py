@@ -3,7 +3,7 @@
 Layouts seen in the wild: a bare backbone; DINO training checkpoints `{"student": …, "teacher": …, "args": …}` whose
 entries hold `backbone.*` and `head.*`, the student's under `module.`; DINOv2 training checkpoints with
 `teacher.backbone.*`, `teacher.dino_head.*` and chunked blocks (`blocks.CHUNK.INDEX.*`, the index counting through all
-chunks); Hugging Face's DINOv2 files.
+chunks); Hugging Face's DINO and DINOv2 files.
 """
 
 import re
@@ -22,15 +22,21 @@ _PREFIXES = {
 }
 # What may stand beside the part that is wanted; anything else is an extra tensor and reported as such.
 _COMPANIONS = ("backbone.", "head.", "dino_head.", "ibot_head.", "dino_loss.", "ibot_patch_loss.", "classifier.")
+_POOLER = "pooler."  # Hugging Face's plain ViT has one; DINO was trained without
 
 _HUGGING_FACE = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        # DINOv2 (Dinov2Model) and DINO (ViTModel); files and modules of recent versions name some things differently.
         (r"^embeddings\.position_embeddings$", "pos_embed"),
         (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
         (r"^embeddings\.", ""),
         (r"^layernorm\.", "norm."),
-        (r"^encoder\.layer\.", "blocks."),
+        (r"^(encoder\.layer|layers)\.", "blocks."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
         (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
         (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
         (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
@@ -105,6 +111,8 @@ def _to_numpy(name: str, tensor: Any) -> np.ndarray:
 def _from_hugging_face(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     renamed = {}
     for name, array in state.items():
+        if name.startswith(_POOLER):
+            continue
         for pattern, replacement in _HUGGING_FACE:
             name = pattern.sub(replacement, name)
         renamed[name] = array

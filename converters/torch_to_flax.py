@@ -32,7 +32,7 @@ def from_torch(
 
     Args:
         state_dict: torch tensors or numpy arrays under official names (DINO, DINOv2, also wrapped, prefixed or
-            chunked) or under Hugging Face's names for DINOv2.
+            chunked) or under Hugging Face's names.
         config: the architecture; None infers all that the shapes tell, with registers → antialias and offset 0, else
             offset 0.1.
         num_heads: shapes do not tell it; None means 64 channels a head, as in every published model.

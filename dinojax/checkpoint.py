@@ -19,6 +19,7 @@ from dinojax.vit import VisionTransformer, ViTConfig
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+_KIND = "VisionTransformer"
 
 
 def named_parameters(module: nnx.Module) -> dict[str, jax.Array]:
@@ -61,15 +62,15 @@ def save(model: VisionTransformer, path: str | Path, *, source: Mapping[str, obj
         source: where the weights come from; JSON values, kept beside the configuration.
     """
     path = Path(path)
-    if path.exists() and not (path / CONFIG_FILE).is_file():
-        raise UserError(f"{path} exists and is no model folder; name another one")
+    if path.exists() and not is_model_folder(path):
+        raise UserError(f"{path} exists and is no model of dinojax; name another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         arrays = {name: np.asarray(array) for name, array in named_parameters(model).items()}
         save_file(arrays, partial / WEIGHTS_FILE)
         document = {
-            "model": "VisionTransformer",
+            "model": _KIND,
             "config": dataclasses.asdict(model.config),
             "sha256": _sha256(partial / WEIGHTS_FILE),
             "source": dict(source or {}),
@@ -78,13 +79,20 @@ def save(model: VisionTransformer, path: str | Path, *, source: Mapping[str, obj
         if path.exists():
             shutil.rmtree(path)
         partial.rename(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written: {error.strerror or error}; free some space or name another folder"
-        ) from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} could not be written ({error}); make room or name another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
+
+
+def is_model_folder(path: str | Path) -> bool:
+    """Whether `save` wrote the folder; Hugging Face's have files of the same names."""
+    try:
+        document = json.loads((Path(path) / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and document.get("model") == _KIND
 
 
 def load(path: str | Path) -> VisionTransformer:

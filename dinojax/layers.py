@@ -21,7 +21,11 @@ _linear_init = nnx.initializers.normal(0.02)
 
 Linear = functools.partial(nnx.Linear, kernel_init=_linear_init)
 LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-6, use_fast_variance=False)
-gelu = functools.partial(jax.nn.gelu, approximate=False)  # upstream's is the exact (erf) one
+
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The exact GELU, through erf as torch computes it; XLA:CPU takes half the time of `jax.nn.gelu`'s erfc."""
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def torch_default_init(fan_in: int) -> Callable[..., Array]:

@@ -35,11 +35,12 @@ def test_saving_again_replaces(model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_other_folders_are_never_replaced(model, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="is no model folder"):
+@pytest.mark.parametrize("name", ["thesis.txt", "config.json"])
+def test_other_folders_are_never_replaced(model, tmp_path, name):
+    (tmp_path / name).write_text('{"model_type": "years of work"}')
+    with pytest.raises(UserError, match="is no model of dinojax"):
         save(model, tmp_path)
-    assert (tmp_path / "thesis.txt").exists()
+    assert (tmp_path / name).exists()
 
 
 def test_a_flipped_byte_is_noticed(model, tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from converters import from_torch
 from dinojax import VARIANTS
@@ -61,10 +62,24 @@ def test_the_names_on_disk_are_the_names_in_memory(tmp_path, registers, swiglu):
     changes = {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 2, "image_size": 56}
     theirs = random_model(registers, use_swiglu_ffn=swiglu, **changes)
     theirs.save_pretrained(tmp_path)
-    from safetensors.numpy import load_file
-
     images = np.random.default_rng(0).standard_normal((2, 56, 56, 3), np.float32)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).last_hidden_state[:, 0]
     for state in (theirs.state_dict(), load_file(tmp_path / "model.safetensors")):
         np.testing.assert_allclose(from_torch(state)(images).cls_token, expected, rtol=0, atol=3e-5)
+
+
+def test_dino_under_hugging_face_names(tmp_path):
+    """`facebook/dino-vits16` is a plain ViT there, with a pooler that DINO does not have."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 2, "intermediate_size": 256}
+    config = transformers.ViTConfig(**sizes, image_size=56, patch_size=14, layer_norm_eps=1e-6)
+    theirs = transformers.ViTModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    images = np.random.default_rng(0).standard_normal((2, 56, 56, 3), np.float32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).last_hidden_state[:, 0]
+    for state in (theirs.state_dict(), load_file(tmp_path / "model.safetensors")):
+        model = from_torch(state)
+        assert model.config.family == "dino"
+        np.testing.assert_allclose(model(images).cls_token, expected, rtol=0, atol=3e-5)

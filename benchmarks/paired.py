@@ -1,0 +1,182 @@
+"""How two programs are compared: one process each, taking turns, so that the machine's noise hits both alike.
+
+A variant is a function `prepare(row=…, **arguments) -> Prepared` in a module that only its own process imports: PyTorch
+and JAX never share one. For each row of a benchmark the parent process asks the variants in turn for one timed stretch
+of work, in an order that rotates from round to round, and takes the median of the ratios within the rounds. One variant
+runs twice, under another name; its ratio to itself must be near one, or the row says nothing.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+CONTROL = "A/A control"
+CONTROL_BOUND = 0.05
+STRETCH_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A variant that is warmed up: `run` does one unit of work and waits for its end."""
+
+    run: Callable[[], Any]
+    compile_seconds: float
+    unit_seconds: float
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A name and where its `prepare` is, as "module:function"."""
+
+    name: str
+    prepare: str
+    arguments: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Seconds a unit in every round by variant, and what the variants said of themselves."""
+
+    seconds: dict[str, list[float]]
+    info: dict[str, dict[str, Any]]
+
+    def median(self, name: str) -> float:
+        """Median seconds a unit."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, ours: str, theirs: str) -> dict[str, float]:
+        """How many times faster `ours` is: median over rounds, spread (quartiles), and the best against the best."""
+        ratios = [b / a for a, b in zip(self.seconds[ours], self.seconds[theirs])]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        return {
+            "median": round(statistics.median(ratios), 3),
+            "quartiles": [round(low, 3), round(high, 3)],
+            "min_over_min": round(min(self.seconds[theirs]) / min(self.seconds[ours]), 3),
+        }
+
+
+def warmed_up(run: Callable[[], Any], **info: Any) -> Prepared:
+    """Runs the first units, of which the very first also compiles."""
+    times = [seconds(run) for _ in range(4)]
+    return Prepared(run, max(0.0, times[0] - times[-1]), times[-1], info)
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def compare(
+    variants: Sequence[Variant], rows: Sequence[Any], *, control: str, rounds: int, progress: Callable[[str], None]
+) -> Iterator[tuple[Any, Comparison]]:
+    """Runs all variants side by side on each of `rows` (JSON values), the variant called `control` twice.
+
+    Raises:
+        RuntimeError: a variant failed; its own traceback is on stderr.
+    """
+    twin = dataclasses.replace(next(v for v in variants if v.name == control), name=CONTROL)
+    with ExitStack() as stack:
+        workers = {variant.name: stack.enter_context(_worker(variant)) for variant in (*variants, twin)}
+        names = list(workers)
+        for row in rows:
+            info = {}
+            for name in names:
+                progress(f"{row}: preparing {name}")
+                info[name] = _ask(workers[name], name, {"prepare": row})
+            times: dict[str, list[float]] = {name: [] for name in names}
+            for turn in range(rounds):
+                progress(f"{row}: round {turn + 1} of {rounds}")
+                for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                    answer = _ask(workers[name], name, "run")
+                    times[name].append(answer["seconds"])
+                    info[name]["peak_mib"] = answer["peak_mib"]
+            yield row, Comparison(times, info)
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, versions and date, to stand beside every number."""
+    from importlib.metadata import version
+
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
+    packages = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+    }
+
+
+@contextmanager
+def _worker(variant: Variant) -> Iterator[subprocess.Popen]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.paired", variant.prepare, json.dumps(variant.arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        # Large pages for both sides: without them either allocator may spend a third of the time in page faults.
+        env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TOKENIZERS_PARALLELISM": "false"},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _ask(process: subprocess.Popen, name: str, request: Any) -> dict[str, Any]:
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"the variant {name!r} ended with exit code {process.wait()}")
+    return json.loads(line)
+
+
+def _serve(prepare: str, arguments: dict[str, Any]) -> None:
+    """The child's side: prepares a row, then answers each request to run it with the seconds a unit took."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not be read as an answer
+    module, function = prepare.split(":")
+    function = getattr(importlib.import_module(module), function)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request == "run":
+            answer = _timed(prepared)
+        else:
+            prepared: Prepared = function(row=request["prepare"], **arguments)
+            answer = prepared.info | {"compile_seconds": round(prepared.compile_seconds, 2)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _timed(prepared: Prepared) -> dict[str, Any]:
+    """Seconds a unit, over enough units that the clock does not matter."""
+    units = max(1, round(STRETCH_SECONDS / prepared.unit_seconds))
+    total = seconds(lambda: [prepared.run() for _ in range(units)])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": total / units, "peak_mib": round(peak)}
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], json.loads(sys.argv[2]))

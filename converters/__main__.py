@@ -1,0 +1,143 @@
+"""`python -m converters NAME|FILE`: PyTorch weights → a folder that `dinojax.load` reads, proven on request."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from converters.pretrained import (
+    convert,
+    describe,
+    fetch_converted,
+    load_pretrained,
+    model_folder,
+    raise_unless_architecture,
+    store,
+    variant,
+)
+from converters.state_dicts import num_heads_beside, read_state_dict
+from dinojax.checkpoint import is_model_folder, named_parameters
+from dinojax.errors import UserError, exit_on_user_error
+from dinojax.variants import VARIANTS
+from dinojax.vit import VisionTransformer
+
+_DESCRIPTION = """Converts DINO and DINOv2 weights from PyTorch to Flax.
+
+  python -m converters dinov2_vits14            download the official file, convert it, keep the result in the cache
+  python -m converters dinov2_vits14 --verify   the same, and compare every output with PyTorch first
+  python -m converters checkpoint.pth           convert a file of your own into the folder checkpoint-flax beside it
+  python -m converters model.safetensors --name dinov2_vitb14   refuse it unless it is a ViT-B/14
+
+Afterwards: model = dinojax.load(FOLDER), or converters.load_pretrained(NAME). Exit code 0 is success, 1 a difference
+above the bound under --verify (nothing is written then), 2 a mistake that the message explains."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to convert, and where to."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|FILE")]
+    """A published model by its torch.hub name (dino_vits16 … dinov2_vitg14_reg); or a .pth or .safetensors file, also
+    a training checkpoint; or a Hugging Face folder."""
+    out: Path | None = None
+    """Folder to write. Default: the cache for a NAME; for a FILE a folder beside it, named FILE-flax."""
+    name: str | None = None
+    """For a FILE: the model it must be. Without it the architecture is read off the shapes."""
+    which: Literal["teacher", "student"] = "teacher"
+    """For a training checkpoint: the network to take. DINO's results are the teacher's."""
+    num_heads: int | None = None
+    """For a FILE: number of attention heads, which shapes do not tell. Default: config.json beside it, else one head
+    for every 64 channels, as in all published models."""
+    verify: bool = False
+    """Run PyTorch and Flax on the same images and print the largest difference of every output. Needs transformers;
+    upstream's own code is compared too where GitHub can be reached (torch.hub downloads and runs it)."""
+    cache_dir: Path | None = None
+    """Default: $DINOJAX_CACHE, else ~/.cache/dinojax."""
+
+
+def run(config: Config) -> bool:
+    """Converts and prints; False means that `--verify` found a difference above its bound, and nothing was written."""
+    if config.num_heads is not None and config.num_heads < 1:
+        raise UserError(f"--num-heads {config.num_heads} is not a positive number")
+    if config.name is not None:
+        variant(config.name)
+    is_file = config.source not in VARIANTS
+    if is_file and not Path(config.source).expanduser().exists() and not any(c in config.source for c in "./\\"):
+        variant(config.source)  # most likely a misspelt name: its error suggests others
+    return _convert_file(config) if is_file else _convert_published(config)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    config = tyro.cli(Config, args=args, prog="python -m converters", description=_DESCRIPTION)
+    with exit_on_user_error():
+        if not run(config):
+            raise SystemExit(1)
+
+
+def _convert_published(config: Config) -> bool:
+    name, folder = config.source, config.out or model_folder(config.source, config.cache_dir)
+    if config.name not in (None, name):
+        raise UserError(f"--name {config.name} beside the published model {name}: --name is for files")
+    _raise_if_foreign(folder)
+    if not config.verify:
+        model = load_pretrained(name, cache_dir=config.cache_dir)
+        if config.out is not None:
+            store(model, folder, {"name": name})
+        _print_model(name, model, folder)
+        return True
+    file, checkpoint, model = fetch_converted(name, config.cache_dir)
+    if not _equals_pytorch(model, checkpoint, config):
+        return False
+    store(model, folder, describe(file, name))
+    file.unlink()
+    _print_model(name, model, folder)
+    return True
+
+
+def _convert_file(config: Config) -> bool:
+    file = Path(config.source).expanduser()
+    if is_model_folder(file):
+        raise UserError(f"{file} is converted already; dinojax.load reads it")
+    folder = config.out or file.with_name(f"{file.name if file.is_dir() else file.stem}-flax")
+    _raise_if_foreign(folder)
+    checkpoint = read_state_dict(file)
+    model = convert(checkpoint, str(file), num_heads=config.num_heads or num_heads_beside(file), which=config.which)
+    if config.name is not None:
+        raise_unless_architecture(model, config.name, str(file))
+    if config.verify and not _equals_pytorch(model, checkpoint, config):
+        return False
+    store(model, folder, describe(file) | {"which": config.which})
+    _print_model(file.name, model, folder)
+    return True
+
+
+def _raise_if_foreign(folder: Path) -> None:
+    """Before minutes of work, not after."""
+    if folder.exists() and not is_model_folder(folder):
+        raise UserError(f"{folder} exists and is no converted model; name another folder with --out")
+
+
+def _equals_pytorch(model: VisionTransformer, checkpoint: Mapping[str, Any], config: Config) -> bool:
+    from converters.verify import BOUND, table, verify, worst
+
+    differences, notes = verify(model, checkpoint, which=config.which)
+    share = worst(differences)
+    print(table(differences), *notes, sep="\n")
+    verdict = "equal" if share <= BOUND else "NOT equal: nothing is written"
+    print(f"largest difference: {share:.1e} of the output's largest value (bound {BOUND:.0e}): {verdict}\n")
+    return share <= BOUND
+
+
+def _print_model(title: str, model: VisionTransformer, folder: Path) -> None:
+    count = sum(array.size for array in named_parameters(model).values())
+    print(f"{title}: {count:,} parameters")
+    for field in dataclasses.fields(model.config):
+        print(f"  {field.name:<22} {getattr(model.config, field.name)}")
+    print(f"written to {folder}; read it with dinojax.load({str(folder)!r})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""`load_pretrained(name)`: cache, or official download, or a local file → verified → converted → a Flax model."""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.download import download, raise_unless_room, sha256_of
+from converters.sources import HOST, SOURCES
+from converters.state_dicts import import_torch, num_heads_beside, read_state_dict
+from converters.torch_to_flax import from_torch
+from dinojax.checkpoint import is_model_folder, load, named_parameters, save
+from dinojax.errors import UserError
+from dinojax.variants import VARIANTS
+from dinojax.vit import VisionTransformer, ViTConfig
+
+_SHOWN_DIFFERENCES = 4
+
+
+def load_pretrained(
+    name: str, *, weights: str | Path | None = None, cache_dir: str | Path | None = None
+) -> VisionTransformer:
+    """A published model by its torch.hub name, such as "dinov2_vits14".
+
+    The first call downloads the official file, converts it and keeps the result; later ones read that, without torch
+    and without the network.
+
+    Args:
+        name: a key of `dinojax.VARIANTS`.
+        weights: a local file to use in place of the download, and of the cache: `.pth`, `.safetensors`, a Hugging Face
+            folder, or a folder written by `dinojax.save`. It must have the architecture of `name`.
+        cache_dir: default `$DINOJAX_CACHE`, else `~/.cache/dinojax`. `$DINOJAX_WEIGHTS_URL` names a mirror of
+            https://dl.fbaipublicfiles.com.
+
+    Raises:
+        UserError: an unknown name; no network, a failed download; a damaged file, one that holds code, one of another
+            architecture, or one with values that are not finite; torch is needed and missing.
+    """
+    variant(name)
+    if weights is not None:
+        model = read_model(weights)
+        raise_unless_architecture(model, name, str(weights))
+        return model
+    folder = model_folder(name, cache_dir)
+    if folder.exists():
+        return _load_cached(folder, name)
+    file, _, model = fetch_converted(name, cache_dir)
+    store(model, folder, describe(file, name))
+    file.unlink()  # the folder holds the same numbers
+    return model
+
+
+def model_folder(name: str, cache_dir: str | Path | None = None) -> Path:
+    """Where the converted model is kept."""
+    return _cache(cache_dir) / "models" / name
+
+
+def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
+    """Downloads the official file of a model, unless it is there.
+
+    Raises:
+        UserError: no weights were published under `name`, or the download failed.
+    """
+    source = SOURCES.get(name)
+    if source is None:
+        raise UserError(f"no weights were published for {name}; published are {', '.join(SOURCES)}")
+    import_torch()  # before minutes of download, not after
+    file = _cache(cache_dir) / "downloads" / source.filename
+    if file.is_file():
+        return file
+    mirror = (os.environ.get("DINOJAX_WEIGHTS_URL") or HOST).rstrip("/")
+    try:
+        return download(f"{mirror}/{source.path}", file, size=source.size, sha256=source.sha256)
+    except UserError as error:
+        raise UserError(
+            f"{name} is not in {_cache(cache_dir)} and its download failed: {error}. Other ways: get {source.url} on "
+            "another machine and pass the file (weights=FILE, --weights FILE), or set DINOJAX_WEIGHTS_URL to a mirror"
+        ) from error
+
+
+def fetch_converted(
+    name: str, cache_dir: str | Path | None = None
+) -> tuple[Path, Mapping[str, Any], VisionTransformer]:
+    """The official file of a model, its tensors as they are in it, and the model made of them."""
+    file = fetch(name, cache_dir)
+    try:
+        state_dict = read_state_dict(file)
+        model = convert(state_dict, str(file))
+        raise_unless_architecture(model, name, str(file))
+    except UserError:
+        file.unlink()  # or every later call would meet the same bad file
+        raise
+    return file, state_dict, model
+
+
+def read_model(path: str | Path, *, num_heads: int | None = None, which: str = "teacher") -> VisionTransformer:
+    """Reads a model from a PyTorch or Hugging Face file, or from a folder written by `dinojax.save`."""
+    path = Path(path).expanduser()
+    if is_model_folder(path):
+        return load(path)
+    return convert(read_state_dict(path), str(path), num_heads=num_heads or num_heads_beside(path), which=which)
+
+
+def convert(
+    state_dict: Mapping[str, Any], label: str, *, num_heads: int | None = None, which: str = "teacher"
+) -> VisionTransformer:
+    """`from_torch` with the file's name in its errors; values that are not finite are refused too."""
+    try:
+        model = from_torch(state_dict, num_heads=num_heads, which=which)
+    except ValueError as error:  # a UserError, or shapes that are no configuration
+        raise UserError(f"{label}: {_shortened(str(error))}") from error
+    for name, array in named_parameters(model).items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{label} holds values that are not finite in {name}; the file is damaged or diverged")
+    return model
+
+
+def store(model: VisionTransformer, folder: Path, source: Mapping[str, Any]) -> None:
+    """`dinojax.save`, after looking that the disk holds it."""
+    raise_unless_room(folder, sum(array.nbytes for array in named_parameters(model).values()))
+    save(model, folder, source=source)
+
+
+def describe(file: Path, name: str | None = None) -> dict[str, Any]:
+    """What is kept beside converted weights about where they came from."""
+    source = SOURCES.get(name) if name else None
+    description: dict[str, Any] = {"file": file.name}
+    if file.is_file():
+        description |= {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    if source:
+        description |= {"name": name, "url": source.url, "license": source.license}
+    return description
+
+
+def variant(name: str) -> ViTConfig:
+    """The architecture of that name; anything else is a `UserError` with suggestions."""
+    if name in VARIANTS:
+        return VARIANTS[name]
+    if "/" in name or os.sep in name or Path(name).suffix or Path(name).exists():
+        raise UserError(
+            f"{name} looks like a file: pass it as weights= beside the name of its model, such as dinov2_vits14"
+        )
+    close = difflib.get_close_matches(name, VARIANTS, n=3)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise UserError(f"no model is called {name!r}: {hint}There are {', '.join(VARIANTS)}")
+
+
+def _cache(cache_dir: str | Path | None) -> Path:
+    return Path(cache_dir or os.environ.get("DINOJAX_CACHE") or Path.home() / ".cache" / "dinojax").expanduser()
+
+
+def _load_cached(folder: Path, name: str) -> VisionTransformer:
+    try:
+        model = load(folder)
+        raise_unless_architecture(model, name, str(folder))
+    except UserError as error:
+        raise UserError(f"{error}; delete {folder} and run the same command again") from error
+    return model
+
+
+def raise_unless_architecture(model: VisionTransformer, name: str, label: str) -> None:
+    """Refuses a model that is not the variant `name`; drop path is a matter of training, not of architecture."""
+    free = ("drop_path_rate", "drop_path_uniform")
+    given, wanted = (dataclasses.asdict(config) for config in (model.config, VARIANTS[name]))
+    differing = [key for key in wanted if key not in free and given[key] != wanted[key]]
+    if not differing:
+        return
+    shown = ", ".join(f"{key} {given[key]} instead of {wanted[key]}" for key in differing[:_SHOWN_DIFFERENCES])
+    more = f" and {len(differing) - _SHOWN_DIFFERENCES} more" if len(differing) > _SHOWN_DIFFERENCES else ""
+    same = [other for other, config in VARIANTS.items() if all(given[k] == v for k, v in vars(config).items())]
+    hint = f"; it has the architecture of {same[0]}" if same else ""
+    raise UserError(f"{label} is no {name}: {shown}{more}{hint}")
+
+
+def _shortened(message: str) -> str:
+    """The first few of the differences that `from_torch` names one by one."""
+    parts = message.split("; ")
+    if len(parts) <= _SHOWN_DIFFERENCES:
+        return message
+    return f"{'; '.join(parts[:_SHOWN_DIFFERENCES])}; and {len(parts) - _SHOWN_DIFFERENCES} more"

@@ -1,0 +1,197 @@
+"""The PyTorch models that a conversion is compared with, filled with the tensors of its checkpoint.
+
+They are `transformers` (Dinov2Model, Dinov2WithRegistersModel, ViTModel for DINO), and upstream's own code through
+`torch.hub` where GitHub answers. `transformers` resizes the position table to a size, upstream by a factor that is 0.1
+patch larger; away from the native size the Flax model has to follow the convention of its counterpart.
+"""
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from converters.download import reachable
+from converters.layouts import part_of_checkpoint
+from converters.state_dicts import import_torch
+from dinojax.errors import UserError
+from dinojax.variants import VARIANTS
+from dinojax.vit import ViTConfig
+
+_BLOCKS_SHOWN = 4
+_MOST_TOKENS_FOR_ATTENTION = 600  # PyTorch returns the attention of every block: gigabytes for many tokens
+_HUB = {
+    "dino": "facebookresearch/dino:7c446df5b9f45747937fb0d72314eb9f7b66930a",
+    "dinov2": "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0",
+}
+# Official names → those of Hugging Face's files, which every version of transformers reads. DINO is a plain ViT there.
+_TO_HUGGING_FACE = (
+    (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
+    (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^norm\.", "layernorm."),
+    (r"^blocks\.", "encoder.layer."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+    (r"\.mlp\.w12\.", ".mlp.weights_in."),
+    (r"\.mlp\.w3\.", ".mlp.weights_out."),
+)
+_TO_PLAIN_VIT = (
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+
+Outputs = dict[str, np.ndarray]
+
+
+class Reference(NamedTuple):
+    """A PyTorch model: its title, our configuration in its conventions, and images "batch 3 height width" → outputs."""
+
+    title: str
+    config: ViTConfig
+    outputs: Callable[[np.ndarray], Outputs]
+
+
+def block_name(index: int) -> str:
+    """The name of a block's output before the final norm: class token, then patches, without registers."""
+    return f"block {index} (raw)"
+
+
+def transformers_reference(config: ViTConfig, checkpoint: Mapping[str, Any], which: str) -> Reference:
+    """The model of `transformers` with the tensors of `checkpoint`.
+
+    Raises:
+        UserError: torch or transformers is missing, or transformers has no such architecture.
+    """
+    torch, transformers = import_torch(), _import_transformers()
+    state = _hugging_face_state(config, checkpoint, which)
+    kind, torch_config, extra, call = _hugging_face_model(transformers, config)
+    transformers.utils.logging.disable_progress_bar()
+    network, info = kind.from_pretrained(
+        None, config=torch_config, state_dict=state, dtype=torch.float32, output_loading_info=True, **extra
+    )
+    unfilled = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    if unfilled:
+        raise UserError(f"transformers' {kind.__name__} does not hold these weights: {unfilled}")
+    network.eval()
+    first_patch = 1 + config.num_register_tokens
+
+    def outputs(images: np.ndarray) -> Outputs:
+        tokens = first_patch + (images.shape[2] // config.patch_size) * (images.shape[3] // config.patch_size)
+        with_attention = tokens <= _MOST_TOKENS_FOR_ATTENTION
+        with torch.inference_mode():
+            result = network(
+                torch.from_numpy(images), output_hidden_states=True, output_attentions=with_attention, **call
+            )
+        last = result.last_hidden_state.numpy()
+        named = {"cls_token": last[:, 0], "patch_tokens": last[:, first_patch:]}
+        if config.num_register_tokens:
+            named["register_tokens"] = last[:, 1:first_patch]
+        for index in range(max(0, config.depth - _BLOCKS_SHOWN), config.depth):
+            hidden = result.hidden_states[index + 1].numpy()
+            named[block_name(index)] = np.concatenate([hidden[:, :1], hidden[:, first_patch:]], 1)
+        return named | ({"attention": result.attentions[-1].numpy()} if with_attention else {})
+
+    title = f"transformers {transformers.__version__} {kind.__name__}"
+    if config.interpolate_offset:
+        title += ", both sides without upstream's +0.1 in resizing positions"
+    return Reference(title, dataclasses.replace(config, interpolate_offset=0.0), outputs)
+
+
+def _hugging_face_model(transformers: Any, config: ViTConfig) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
+    """Class, configuration, arguments of its constructor and of its call."""
+    hidden_dim = round(config.mlp_ratio * config.embed_dim)
+    if config.family == "dinov2" and hidden_dim % config.embed_dim:
+        raise UserError(
+            f"transformers' DINOv2 takes whole mlp_ratio only, not {config.mlp_ratio}: it cannot verify this"
+        )
+    common = {
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "image_size": config.img_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.in_chans,
+        "qkv_bias": config.qkv_bias,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "attn_implementation": "eager",  # the others return no attention
+    }
+    if config.family == "dino":
+        plain = transformers.ViTConfig(**common, intermediate_size=hidden_dim)
+        return transformers.ViTModel, plain, {"add_pooling_layer": False}, {"interpolate_pos_encoding": True}
+    common |= {"mlp_ratio": hidden_dim // config.embed_dim, "use_swiglu_ffn": config.ffn_layer == "swiglufused"}
+    if not config.num_register_tokens:
+        return transformers.Dinov2Model, transformers.Dinov2Config(**common), {}, {}
+    registers = transformers.Dinov2WithRegistersConfig(**common, num_register_tokens=config.num_register_tokens)
+    return transformers.Dinov2WithRegistersModel, registers, {}, {}
+
+
+def _hugging_face_state(config: ViTConfig, checkpoint: Mapping[str, Any], which: str) -> dict[str, Any]:
+    """Tensors under Hugging Face's names; a file that has them already goes in as it is."""
+    if any("embeddings." in str(name) for name in checkpoint):
+        return {name: _tensor(value) for name, value in checkpoint.items()}
+    renames = _TO_HUGGING_FACE + (_TO_PLAIN_VIT if config.family == "dino" else ())
+    renamed = {}
+    for name, array in part_of_checkpoint(checkpoint, part="backbone", which=which).items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        if ".attn.qkv." not in name:
+            renamed[name] = _tensor(array)
+            continue
+        for part, piece in zip(("query", "key", "value"), np.split(array, 3)):
+            renamed[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = _tensor(piece)
+    return renamed
+
+
+def _tensor(value: Any) -> Any:
+    torch = import_torch()
+    return value.float() if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value, np.float32))
+
+
+def _import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("--verify needs transformers: pip install 'dinojax[torch]'") from error
+    return transformers
+
+
+def hub_reference(config: ViTConfig, checkpoint: Mapping[str, Any], which: str) -> Reference | str:
+    """Upstream's model with these tensors, or why there is none."""
+    torch = import_torch()
+    name = next((name for name, variant in VARIANTS.items() if variant == config), None)
+    if name is None or "vitt" in name:
+        return "torch.hub has no model of this architecture"
+    if config.family == "dino" and importlib.util.find_spec("torchvision") is None:
+        return "torch.hub's DINO needs torchvision"
+    if not reachable("https://github.com"):
+        return "github.com cannot be reached"
+    try:
+        network = torch.hub.load(
+            _HUB[config.family], name, pretrained=False, trust_repo=True, skip_validation=True, verbose=False
+        )
+    except (OSError, RuntimeError) as error:
+        return f"torch.hub failed ({error})"
+    state = part_of_checkpoint(checkpoint, part="backbone", which=which)
+    network.load_state_dict({key: _tensor(array) for key, array in state.items()}, strict=True)
+    network.eval()
+
+    def outputs(images: np.ndarray) -> Outputs:
+        with torch.inference_mode():
+            batch = torch.from_numpy(images)
+            if config.family == "dino":
+                tokens = network.get_intermediate_layers(batch, 1)[0].numpy()
+                attention = network.get_last_selfattention(batch).numpy()
+                return {"cls_token": tokens[:, 0], "patch_tokens": tokens[:, 1:], "attention": attention}
+            features = network.forward_features(batch)
+            named = {"cls_token": features["x_norm_clstoken"], "patch_tokens": features["x_norm_patchtokens"]}
+            if config.num_register_tokens:
+                named["register_tokens"] = features["x_norm_regtokens"]
+            return {key: value.numpy() for key, value in named.items()}
+
+    return Reference(f"torch.hub {_HUB[config.family].split(':')[0]} {name}", config, outputs)
