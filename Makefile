@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 demo: $(INSTALLED)  ## probe the bundled digits from command to figure; no download
-	$(BIN)/python -m experiments.cifar10_probe --data digits --weights random:dino_vitt8 --image-size 64 --out runs/demo
+	$(BIN)/python -m experiments.cifar10_probe --data digits --weights random:dino_vitt8 --image-size 64 --epochs 20 --out runs/demo
 
 test: $(INSTALLED) lint  ## every test that needs no network and a few minutes
 	$(BIN)/python -m pytest -m 'not network and not slow'

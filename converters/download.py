@@ -77,9 +77,11 @@ def _request(url: str, partial: Path) -> HTTPResponse:
 
 
 def reachable(url: str, seconds: float = 4.0) -> bool:
-    """Whether a server answers for `url` in time."""
+    """Whether a server answers for `url` in time, be it that it refuses."""
     try:
         _open(urllib.request.Request(url, method="HEAD"), seconds).close()
+    except urllib.error.HTTPError as refusal:
+        refusal.close()
     except (OSError, http.client.HTTPException):
         return False
     return True

@@ -1,0 +1,1 @@
+"""What the commands share, each thing once: data, features, run folders, figures."""

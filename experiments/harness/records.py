@@ -1,0 +1,101 @@
+"""The run folder: what was asked, what came out, and what it ran on; whole or not there at all."""
+
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dinojax.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CONFIG_FILE, METRICS_FILE = "config.json", "metrics.json"
+
+
+def default_run_folder(command: str) -> Path:
+    """`runs/<command>/<date-time>` in the working folder."""
+    return Path("runs") / command / time.strftime("%Y%m%d-%H%M%S")
+
+
+@contextmanager
+def run_folder(path: Path) -> Iterator[Path]:
+    """A folder to write a run's files to, which become `path` at the end; an exception leaves `path` as it was.
+
+    Files of an earlier run in `path` are replaced by those of the same name.
+
+    Raises:
+        UserError: `path` is a file or a folder that no run made, or cannot be written.
+    """
+    path = path.expanduser()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {path} is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
+        raise UserError(f"--out {path} holds other files; name a new folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written ({error.strerror}); name another folder") from error
+    try:
+        yield partial
+        path.mkdir(exist_ok=True)
+        for file in sorted(partial.iterdir()):
+            file.replace(path / file.name)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise UserError(f"--out {path} cannot be written ({error.strerror}); free some space") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes JSON; paths become text."""
+    write_whole(path, (json.dumps(document, indent=2, default=str) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file under another name, then renames it: `path` never holds half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit: what a number depends on beside its configuration."""
+    import jax
+
+    packages = ("dinojax", "jax", "jaxlib", "flax", "optax", "numpy", "pillow")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "device": jax.devices()[0].device_kind,
+        "backend": jax.default_backend(),
+        "cpu_count": os.cpu_count(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the project's checkout, with "+changes" where files differ from it; None outside one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    answers = [
+        subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False).stdout.strip()
+        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+    ]
+    return (answers[0] + ("+changes" if answers[1] else "")) or None
