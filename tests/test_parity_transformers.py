@@ -37,7 +37,7 @@ def as_transformers(config):
 
 
 @pytest.mark.parametrize("registers", [False, True])
-def test_features_and_attention_equal_pytorch(registers):
+def test_features_and_attention_equal_pytorch(registers, record_difference):
     theirs = random_model(registers, attn_implementation="eager")
     config = as_transformers(VARIANTS["dinov2_vits14_reg" if registers else "dinov2_vits14"])
     ours = from_torch(theirs.state_dict(), config=config)
@@ -49,9 +49,12 @@ def test_features_and_attention_equal_pytorch(registers):
             )
         found = jax.jit(lambda model, x: model(x))(ours, images)
         tokens = np.concatenate([found.cls_token[:, None], found.register_tokens, found.patch_tokens], axis=1)
+        title = f"{type(theirs).__name__} S/14, {height}×{width} (live, float32)"
+        record_difference(title, "features", float(np.abs(tokens - expected.last_hidden_state.numpy()).max()))
         np.testing.assert_allclose(tokens, expected.last_hidden_state.numpy(), rtol=0, atol=3e-5)
         np.testing.assert_allclose(found.prenorm, expected.hidden_states[-1].numpy(), rtol=1e-5, atol=3e-5)
         attention = jax.jit(lambda model, x: model.get_last_selfattention(x))(ours, images)
+        record_difference(title, "attention", float(np.abs(attention - expected.attentions[-1].numpy()).max()))
         np.testing.assert_allclose(attention, expected.attentions[-1].numpy(), rtol=0, atol=5e-6)
 
 
