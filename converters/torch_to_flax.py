@@ -100,6 +100,13 @@ def fill(module: nnx.Module, state: Mapping[str, np.ndarray]) -> nnx.Module:
     )
 
 
+def official_parameters(module: nnx.Module) -> dict[str, np.ndarray]:
+    """The inverse of `fill`: every parameter under its official name and in torch's layout."""
+    params = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    rules = ((_rule(path, param.shape), param) for path, param in params)
+    return {rule.name: np.asarray(param[...]).transpose(np.argsort(rule.axes)) for rule, param in rules}
+
+
 class _Rule(NamedTuple):
     """An official tensor, and the order of its axes in which it is ours."""
 

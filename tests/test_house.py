@@ -13,7 +13,7 @@ ALLOWED = {
     "converters": {"converters", "dinojax"},
     "experiments": {"experiments", "converters", "dinojax"},
 }
-METHOD_ONLY = {"position", "layers", "probe", "errors"}  # files of dinojax that import nothing of ours
+METHOD_ONLY = {"position", "layers", "probe", "errors", "losses", "schedules"}  # files of dinojax that import nothing of ours
 OWN = {"dinojax", "converters", "experiments", "benchmarks", "tests"}
 
 
