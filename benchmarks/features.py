@@ -8,13 +8,12 @@ reported. On CPU both compute in float32 with as many threads as there are cores
 """
 
 import dataclasses
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paired import CONTROL, CONTROL_BOUND, Comparison, Prepared, Variant, compare, machine, warmed_up
+from benchmarks.paired import CONTROL, CONTROL_BOUND, Comparison, Prepared, Variant, compare, finish, has_gpu, warmed_up
 
 MODEL = "dinov2_vits14"
 EAGER, OURS = "torch eager", "dinojax"
@@ -41,7 +40,7 @@ def main() -> None:
     import tyro
 
     config = tyro.cli(Config, prog="python -m benchmarks.features", description=__doc__)
-    gpu = _has_gpu()
+    gpu = has_gpu()
     rounds = 5 if config.quick else config.rounds
     batches = config.batches or ((32, 256, 1024) if gpu else (1, 8, 32))
     rows = {}
@@ -59,12 +58,8 @@ def main() -> None:
         "device": "gpu, bfloat16" if gpu else "cpu, float32",
         "rounds": rounds,
         "rows": rows,
-        "machine": machine(),
     }
-    if config.out:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish(result, config.out)
 
 
 def _progress(text: str) -> None:
@@ -126,13 +121,6 @@ def _images(batch: int) -> Any:
     import numpy as np
 
     return np.random.default_rng(0).standard_normal((batch, SIZE, SIZE, 3), np.float32)
-
-
-def _has_gpu() -> bool:
-    import subprocess
-
-    command = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
-    return "True" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def prepare_torch(row: int, weights: str, mode: str) -> Prepared:

@@ -127,6 +127,21 @@ def machine() -> dict[str, Any]:
     }
 
 
+def has_gpu() -> bool:
+    """Whether the variants will find a GPU; asked of PyTorch, in a process of its own."""
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
+    return "True" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def finish(result: dict[str, Any], out: Path | None) -> None:
+    """Adds the machine, writes the result to `out` if asked, and prints it as the last line."""
+    result = result | {"machine": machine()}
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
 @contextmanager
 def _worker(variant: Variant) -> Iterator[subprocess.Popen]:
     process = subprocess.Popen(

@@ -13,7 +13,9 @@ ALLOWED = {
     "converters": {"converters", "dinojax"},
     "experiments": {"experiments", "converters", "dinojax"},
 }
-METHOD_ONLY = {"position", "layers", "probe", "errors", "losses", "schedules"}  # files of dinojax that import nothing of ours
+METHOD_ONLY = {"errors", "layers", "losses", "position", "schedules"}  # these import nothing of ours
+# The probe's files import nothing of ours but each other and the error class: they work on any features.
+PROBE_FILES = {"few_shot", "labelled", "linear_probe", "linear_sweep", "logistic", "neighbours", "probe"}
 OWN = {"dinojax", "converters", "experiments", "benchmarks", "tests"}
 
 
@@ -36,6 +38,9 @@ def test_the_method_imports_no_torch():
         assert not roots & {"torch", "tensorflow", "transformers", "matplotlib", "tyro", "tqdm"}, path
         if path.stem in METHOD_ONLY:
             assert "dinojax" not in roots, path
+        if path.stem in PROBE_FILES:
+            ours = {name for name in imports(path) if name.startswith("dinojax")}
+            assert ours <= {f"dinojax.{name}" for name in PROBE_FILES | {"errors"}}, path
 
 
 def test_commands_never_import_each_other():

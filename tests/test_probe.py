@@ -1,9 +1,8 @@
-"""k-NN against the official numbers and scikit-learn; the linear probe against algebra and scikit-learn."""
+"""Splits, and the linear probe against algebra and scikit-learn."""
 
 import jax
 import numpy as np
 import pytest
-import reference_files
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
@@ -22,55 +21,6 @@ def blobs():
     centres = 0.7 * rng.standard_normal((3, 8))
     features = (centres[labels] + rng.standard_normal((1200, 8))) * np.logspace(-2, 2, 8) + np.linspace(-5, 50, 8)
     return features.astype(np.float32), labels
-
-
-@pytest.mark.reference
-@pytest.mark.parametrize("name", reference_files.names("*knn*"))
-def test_knn_equals_the_official_classifier(name):
-    reference = reference_files.read(name)
-    arrays, settings = reference.arrays, reference.config
-    train_labels, test_labels = arrays["in/train_labels"], arrays["in/test_labels"]
-    ks = [int(k) for k in arrays["in_k"]]
-    train, test = arrays["in/train_features"], arrays["in/test_features"]
-    similarities, indices = probe.nearest_neighbours(train, test, max(ks))
-    options = {"num_classes": settings["classes"], "temperature": settings["T"]}
-    predictions = probe.knn_predict(train, train_labels, test, ks=ks, **options)
-    for position, k in enumerate(ks):
-        votes = probe.knn_votes(similarities, train_labels[indices], k=k, **options)
-        np.testing.assert_allclose(votes, arrays[f"out/k{k}/class_votes"], rtol=1e-5, atol=0)
-        np.testing.assert_array_equal(predictions[k], arrays[f"out/k{k}/predicted_class"])
-        percent = 100 * np.mean(predictions[k] == test_labels)
-        assert percent == arrays[f"out/top1_percent_num_classes_{settings['classes']}"][position]
-    if "out/neighbour_similarities" in arrays:
-        expected = arrays["out/neighbour_similarities"]
-        shared = min(expected.shape[1], max(ks))
-        np.testing.assert_allclose(similarities[:, :shared], expected[:, :shared], atol=1e-6)
-
-
-@pytest.mark.parametrize(("train_rows", "test_rows"), [(7, 5), (64, 3), (1000, 1000)])
-def test_neighbours_do_not_depend_on_the_chunks_and_ties_go_to_the_lower_index(monkeypatch, train_rows, test_rows):
-    monkeypatch.setattr(probe, "_TRAIN_ROWS", train_rows)
-    monkeypatch.setattr(probe, "_TEST_ROWS", test_rows)
-    rng = np.random.default_rng(3)
-    # Unit vectors along axes: similarities are exactly 0, 1 or -1, so nearly everything ties.
-    train = (np.eye(6)[rng.integers(0, 6, 100)] * rng.choice([-1, 1], (100, 1))).astype(np.float32)
-    test = np.eye(6)[rng.integers(0, 6, 23)].astype(np.float32)
-    similarities, indices = probe.nearest_neighbours(train, test, 40)
-    expected = np.argsort(-(test @ train.T), axis=1, kind="stable")[:, :40]
-    np.testing.assert_array_equal(indices, expected)
-    np.testing.assert_array_equal(similarities, np.take_along_axis(test @ train.T, expected, axis=1))
-
-
-def test_neighbours_are_by_angle_not_by_length():
-    train = np.array([[10, 10], [0.1, 0]], np.float32)
-    _, indices = probe.nearest_neighbours(train, np.array([[3, 0.1]], np.float32), 1)
-    assert indices[0, 0] == 1
-
-
-@pytest.mark.parametrize("k", [0, 11])
-def test_impossible_k_is_refused(k):
-    with pytest.raises(ValueError, match=f"k={k} is not between 1 and the 10 training images"):
-        probe.nearest_neighbours(random_features(10, 4, 0), random_features(2, 4, 1), k)
 
 
 def test_subset_keeps_the_proportions_and_every_class():
@@ -118,7 +68,8 @@ def test_linear_head_is_that_of_the_epoch_best_on_heldout_images(blobs):
         features[:800], labels[:800], *heldout, num_classes=3, key=jax.random.key(4), epochs=8, learning_rate=3.0
     )
     logits = np.asarray(probe.linear_logits(head, heldout[0]), np.float64)
-    np.testing.assert_allclose(metrics.heldout_loss[best], -log_softmax(logits, axis=1)[range(60), heldout[1]].mean())
+    expected = -log_softmax(logits, axis=1)[range(60), heldout[1]].mean()
+    np.testing.assert_allclose(metrics.heldout_loss[best], expected, rtol=1e-6)  # a mean in float32: a few ulp
     assert np.mean(logits.argmax(1) == heldout[1]) == pytest.approx(float(metrics.heldout_accuracy[best]))
     order = sorted(range(8), key=lambda e: (-float(metrics.heldout_accuracy[e]), float(metrics.heldout_loss[e])))
     assert best == order[0]

@@ -1,0 +1,128 @@
+"""Labelled features: how a set is divided, and what no classifier can learn from."""
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dinojax.errors import UserError
+
+Labels = Int[Array | np.ndarray, " images"]
+_ROWS = 65_536
+
+
+def stratified_subset(labels: Labels, count: int, seed: int) -> Int[np.ndarray, " count"]:
+    """Indices, ascending, of `count` images drawn from every class in proportion to its size.
+
+    Every class gives at least one image, the common ones no more than one beyond their share.
+
+    Raises:
+        ValueError: fewer than one image a class, or more than there are.
+    """
+    labels = np.asarray(labels)
+    classes, sizes = np.unique(labels, return_counts=True)
+    if not len(classes) <= count <= len(labels):
+        raise ValueError(f"count={count} is not between {len(classes)} (classes) and {len(labels)} (images)")
+    by_class, rank_in_class = _shuffled_by_class(labels, seed)
+    share = rank_in_class / np.repeat(sizes, sizes)
+    return np.sort(by_class[np.argsort(share, kind="stable")[:count]])
+
+
+def split_heldout(
+    labels: Labels, fraction: float, seed: int
+) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " heldout"]]:
+    """Indices to train on and indices held out to select on; stratified, and every class stays in training.
+
+    Raises:
+        UserError: no image can be held out because every class has only one.
+    """
+    labels = np.asarray(labels)
+    most = len(labels) - len(np.unique(labels))
+    if most < 1:
+        raise UserError(f"{len(labels)} images with one a class leave none to hold out; give more images a class")
+    heldout = min(max(1, round(fraction * len(labels))), most)
+    kept = stratified_subset(labels, len(labels) - heldout, seed)
+    return kept, np.setdiff1d(np.arange(len(labels)), kept)
+
+
+def few_shot_indices(labels: Labels, shots: int, seed: int) -> Int[np.ndarray, " chosen"]:
+    """Indices, ascending, of `shots` images drawn from every class that occurs.
+
+    Raises:
+        UserError: `shots` is not positive, or more than the smallest class has.
+    """
+    labels = np.asarray(labels)
+    classes, sizes = np.unique(labels, return_counts=True)
+    if shots < 1:
+        raise UserError(f"shots={shots} is not a positive number of images a class")
+    if len(sizes) and shots > sizes.min():
+        smallest = int(sizes.argmin())
+        raise UserError(
+            f"shots={shots} is more than the {sizes[smallest]} images of class {classes[smallest]}; take fewer shots"
+        )
+    by_class, rank_in_class = _shuffled_by_class(labels, seed)
+    return np.sort(by_class[rank_in_class < shots])
+
+
+def check_labelled(features: Float[Array | np.ndarray, "images *shape"], labels: Labels, num_classes: int) -> None:
+    """Refuses a training set that holds one class, a label out of range, or features that are not finite.
+
+    Raises:
+        UserError: one sentence with the value.
+    """
+    check_classes(labels, num_classes)
+    check_finite(features)
+
+
+def check_classes(labels: Labels, num_classes: int) -> None:
+    """Refuses labels of a training set that hold one class, or a label out of range.
+
+    Raises:
+        UserError: one sentence with the value.
+    """
+    labels = np.asarray(labels)
+    check_range(labels, num_classes)
+    if (labels == labels[0]).all():
+        raise UserError(
+            f"all {len(labels)} training images are of class {labels[0]}; a classifier needs two classes or more"
+        )
+
+
+def check_range(labels: Labels, num_classes: int) -> None:
+    """Refuses an empty set and labels outside 0 … `num_classes` − 1.
+
+    Raises:
+        UserError: one sentence with the value.
+    """
+    labels = np.asarray(labels)
+    if not len(labels):
+        raise UserError("there are 0 images to learn from or to choose on; give more images")
+    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(outside):
+        raise UserError(
+            f"label {labels[outside[0]]} of image {outside[0]} is not between 0 and {num_classes - 1} "
+            f"(num_classes={num_classes})"
+        )
+
+
+def check_finite(features: Float[Array | np.ndarray, "images *shape"]) -> None:
+    """Refuses NaN and infinity; large sets are looked at in chunks.
+
+    Raises:
+        UserError: the first image that is not finite.
+    """
+    for start in range(0, len(features), _ROWS):
+        chunk = np.asarray(jax.device_get(features[start : start + _ROWS]))
+        if not np.isfinite(chunk).all():
+            row, *place = np.argwhere(~np.isfinite(chunk))[0]
+            value = chunk[(row, *place)]
+            raise UserError(
+                f"the features of image {start + row} are not finite ({value}); compute them again, in float32"
+            )
+
+
+def _shuffled_by_class(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices class after class, in random order within each, and the place of each in its class."""
+    _, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    by_class = shuffled[np.argsort(inverse[shuffled], kind="stable")]
+    return by_class, np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
