@@ -61,6 +61,8 @@ class Job:
 class FeatureExtractor:
     """A model, the transform in front of it, and the folder that keeps what it made.
 
+    `fingerprint` tells the model from others, `parameters` is their number, `dtype` what it computes in.
+
     Args:
         model: any size; images are resized so that the shorter side has `image_size` px, then cut to a square.
         image_size: pixels.
@@ -89,14 +91,15 @@ class FeatureExtractor:
         self.batch_size = min(batch_size or (8 if on_cpu else 256), _SHARD_IMAGES)
         self.shape = (min(LAST_BLOCKS, model.config.depth) + 1, model.config.embed_dim)
         self._root = cache_dir / "features"
-        self._weights = fingerprint(model)
+        self.fingerprint = fingerprint(model)
+        self.parameters = sum(array.size for array in named_parameters(model).values())
         self._forward = make_forward(model, self.dtype)
 
     def cache(self, split: Split) -> ShardCache:
         """Where the features of a split are kept."""
         description = {
             "images": split.fingerprint,
-            "weights": self._weights,
+            "weights": self.fingerprint,
             "image_size": self.image_size,
             "dtype": self.dtype.name,
             "resize": "shorter side, bicubic, antialiased, centre crop, ImageNet mean and deviation",

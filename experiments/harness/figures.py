@@ -1,4 +1,4 @@
-"""Every figure of the commands, drawn without global state and without a display."""
+"""Learning curves and example images, and the look that all figures share; without global state or a display."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,15 +24,17 @@ def save_curves(
     heldout: Mapping[str, Float[np.ndarray, " epochs"]],
     *,
     best_epoch: int,
+    heldout_name: str,
     title: str,
 ) -> None:
-    """Loss and accuracy by epoch on the training and the held-out images.
+    """Loss and accuracy by epoch on the images learnt from and those that choose the epoch.
 
     Args:
         path: of the PNG.
         train: "loss" (nats) and "accuracy" (fraction) after each epoch.
         heldout: likewise.
         best_epoch: index of the epoch that was kept.
+        heldout_name: which images chose it, such as "held-out training images".
         title: one line.
     """
     figure = Figure(figsize=(9.5, 4), layout="constrained", facecolor="white")
@@ -43,20 +45,21 @@ def save_curves(
         epochs = np.arange(1, len(train[name]) + 1)
         marker = "o" if len(epochs) <= 30 else None
         axes.plot(epochs, factor * train[name], color=BLUE, marker=marker, ms=4, label="training images")
-        axes.plot(epochs, factor * heldout[name], color=ORANGE, marker=marker, ms=4, label="held-out training images")
+        axes.plot(epochs, factor * heldout[name], color=ORANGE, marker=marker, ms=4, label=heldout_name)
         axes.axvline(best_epoch + 1, color=MUTED, lw=1, ls=":", label=f"kept: epoch {best_epoch + 1}")
-        _style(axes, "epoch", label)
+        style(axes, "epoch", label)
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[0].legend(frameon=False, fontsize=9, labelcolor=INK)
     figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_predictions(
     path: Path,
     images: Sequence[UInt8[np.ndarray, "_h _w 3"]],
     labels: Int[np.ndarray, " images"],
-    probabilities: Float[np.ndarray, "images classes"],
+    predicted: Int[np.ndarray, " images"],
+    probabilities: Float[np.ndarray, " images"],
     class_names: Sequence[str],
     *,
     title: str,
@@ -67,11 +70,11 @@ def save_predictions(
         path: of the PNG.
         images: any sizes, as they are read.
         labels: true classes.
-        probabilities: of every class, for every image.
+        predicted: classes.
+        probabilities: of the predicted classes; not a number where there is none.
         class_names: by class index.
         title: one line.
     """
-    predicted = probabilities.argmax(axis=1)
     groups = [
         ("right", GREEN, np.flatnonzero(predicted == labels)),
         ("wrong", RED, np.flatnonzero(predicted != labels)),
@@ -90,11 +93,11 @@ def save_predictions(
         for position, i in enumerate(indices):
             row, column = divmod(position, _COLUMNS)
             axes = _inches(figure, column * _COLUMN, top - _HEADING - row * _ROW)
-            truth = "" if word == "right" else f"truth: {_short(class_names[labels[i]], 15)}"
-            percent = f"{100 * probabilities[i, predicted[i]]:.0f} %"
-            _draw_example(axes, images[i], color, _short(class_names[predicted[i]], 17), percent, truth)
+            truth = "" if word == "right" else f"truth: {shorten(class_names[labels[i]], 15)}"
+            percent = "" if np.isnan(probabilities[i]) else f"{100 * probabilities[i]:.0f} %"
+            _draw_example(axes, images[i], color, shorten(class_names[predicted[i]], 17), percent, truth)
         top -= height
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _inches(figure: Figure, left: float, top: float) -> Axes:
@@ -115,16 +118,19 @@ def _draw_example(axes: Axes, pixels: np.ndarray, color: str, said: str, percent
     axes.add_patch(Rectangle((-0.5, -0.5), side, side, fill=False, ec=color, lw=2.5))
     place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
     badge = {"boxstyle": "square,pad=0.25", "fc": color, "ec": color}
-    axes.annotate(percent, (1, 1), (-3, -3), **place, ha="right", fontsize=7.5, color="white", bbox=badge)
+    if percent:
+        axes.annotate(percent, (1, 1), (-3, -3), **place, ha="right", fontsize=7.5, color="white", bbox=badge)
     axes.annotate(said, (0.5, 0), (0, -5), **place, ha="center", fontsize=9.5, color=color, fontweight="bold")
     axes.annotate(truth, (0.5, 0), (0, -19), **place, ha="center", fontsize=8.5, color=MUTED)
 
 
-def _short(name: str, letters: int) -> str:
+def shorten(name: str, letters: int) -> str:
+    """`name`, cut to so many letters with an ellipsis."""
     return name if len(name) <= letters else name[: letters - 1] + "…"
 
 
-def _style(axes: Axes, xlabel: str, ylabel: str) -> None:
+def style(axes: Axes, xlabel: str, ylabel: str) -> None:
+    """Two spines, a light grid behind the data, labels in ink."""
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
     axes.grid(color=GRID, lw=0.8)
@@ -135,6 +141,7 @@ def _style(axes: Axes, xlabel: str, ylabel: str) -> None:
         spine.set_color(MUTED)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes the PNG."""
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=_DPI)
