@@ -20,10 +20,10 @@ demo: $(INSTALLED)  ## probe the bundled digits from command to figure; no downl
 	$(BIN)/python -m experiments.cifar10_probe --data digits --weights random:dino_vitt8 --image-size 64 --epochs 20 --out runs/demo
 
 test: $(INSTALLED) lint  ## every test that needs no network and a few minutes
-	$(BIN)/python -m pytest -m 'not network and not slow'
+	$(BIN)/python -m pytest --numprocesses 2 -m 'not network and not slow'
 
 test-all: $(INSTALLED) lint  ## also the slow tests
-	$(BIN)/python -m pytest -m 'not network'
+	$(BIN)/python -m pytest --numprocesses 2 -m 'not network'
 
 test-network: $(INSTALLED)  ## also the official checkpoints, downloaded
 	$(BIN)/python -m pytest -m network

@@ -51,7 +51,7 @@ def fit_logistic(
 
     Minimises mean cross-entropy + ‖kernel‖² / (2 · C · images), the bias free of penalty (with two classes twice the
     penalty, which is scikit-learn's, whose two-class model has one column). Ends when no component of the gradient
-    exceeds `tolerance`, when float precision allows no further descent, or after `max_iterations`.
+    (in units that suit the penalty) exceeds `tolerance`, when float precision allows no further descent, or after `max_iterations`.
 
     Raises:
         UserError: features, labels or a C that nothing can be learned from.
@@ -117,10 +117,13 @@ def _minimise(head, features, labels, inverse_penalty, max_iterations, tolerance
     # Transposed once: both products of a step then run over contiguous rows, on CPU in less than half the time.
     columns = features.T
     weight = (2 if head.kernel.shape[1] == 2 else 1) / (2 * inverse_penalty * len(labels))
+    # In these units a strong penalty curves the kernel as little as the loss curves the bias. Without them the steps
+    # are as short as the kernel needs, and descent ends in rounding before the bias has got anywhere.
+    unit = 1 / jnp.sqrt(1 + 2 * weight)
 
     def objective(head):
-        scores = jnp.matmul(head.kernel.T, columns, precision="highest").T + head.bias
-        return cross_entropy(scores, labels).mean() + weight * jnp.sum(head.kernel**2)
+        scores = jnp.matmul(unit * head.kernel.T, columns, precision="highest").T + head.bias
+        return cross_entropy(scores, labels).mean() + weight * jnp.sum((unit * head.kernel) ** 2)
 
     search = optax.scale_by_zoom_linesearch(_LINE_SEARCH_STEPS, initial_guess_strategy="one")
     optimizer = optax.lbfgs(memory_size=_MEMORY, linesearch=search)
@@ -137,8 +140,9 @@ def _minimise(head, features, labels, inverse_penalty, max_iterations, tolerance
         updates, state = optimizer.update(gradient, state, head, value=value, grad=gradient, value_fn=objective)
         return optax.apply_updates(head, updates), state, step + 1, optax.tree.get(state, "value") < value
 
+    head = LinearHead(head.kernel / unit, head.bias)
     head, _, steps, _ = jax.lax.while_loop(goes_on, step, (head, optimizer.init(head), 0, True))
-    return head, steps
+    return LinearHead(unit * head.kernel, head.bias), steps
 
 
 def _zeros(dim: int, num_classes: int) -> LinearHead:

@@ -11,22 +11,22 @@ install_import_hook(["dinojax", "converters", "experiments"], "typechecker.check
 # Accelerators would otherwise multiply float32 in lower precision, and the tolerances would lose their meaning.
 jax.config.update("jax_default_matmul_precision", "highest")
 
-_LARGEST: dict[tuple[str, str], float] = {}
-
 
 @pytest.fixture
-def record_difference() -> Callable[[str, str, float], None]:
-    """Keeps the largest difference from PyTorch seen for a model and an output, to be printed at the end."""
-
-    def record(model: str, output: str, difference: float) -> None:
-        _LARGEST[model, output] = max(difference, _LARGEST.get((model, output), 0.0))
-
-    return record
+def record_difference(record_property) -> Callable[[str, str, float], None]:
+    """Keeps a difference from PyTorch, of a model and an output, to be printed at the end of the run."""
+    return lambda model, output, difference: record_property("difference", (model, output, difference))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The parity table of the README."""
-    if _LARGEST:
+    """The parity table of the README: the largest difference of each model and output."""
+    largest: dict[tuple[str, str], float] = {}
+    reports = [report for status in ("passed", "failed") for report in terminalreporter.stats.get(status, [])]
+    for key, value in [entry for report in reports for entry in report.user_properties]:
+        if key == "difference":
+            *place, difference = value
+            largest[tuple(place)] = max(difference, largest.get(tuple(place), 0.0))
+    if largest:
         terminalreporter.section("largest absolute differences from PyTorch")
-        for (model, output), difference in sorted(_LARGEST.items()):
-            terminalreporter.write_line(f"{model:48} {output:12} {difference:.1e}")
+        for (model, output), difference in sorted(largest.items()):
+            terminalreporter.write_line(f"{model:52} {output:12} {difference:.1e}")

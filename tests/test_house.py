@@ -55,6 +55,7 @@ def test_commands_never_import_each_other():
         ["-c", "import dinojax"],
         ["-c", "import converters"],
         ["-m", "experiments.cifar10_probe", "--help"],
+        ["-m", "experiments.predict", "--help"],
         ["-m", "converters", "--help"],
     ],
     ids=" ".join,

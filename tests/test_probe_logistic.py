@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from scipy.special import log_softmax
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from dinojax import UserError, linear_probe, logistic, probe
@@ -42,6 +43,16 @@ def test_loss_is_that_of_scikit_learn(classes, inverse_penalty):
         assert abs(objective(head.kernel, head.bias, features, labels, inverse_penalty) - best) < bound
     ours = np.asarray(probe.linear_logits(head, features)).argmax(axis=1)
     assert np.mean(ours == oracle.predict(features.astype(float))) > 0.99
+
+
+def test_the_strongest_penalty_still_lets_the_bias_find_the_minimum():
+    """There the kernel is thousands of times stiffer than the bias."""
+    digits = load_digits()
+    features, labels = (3 * digits.data[:600] / 16).astype(np.float32), digits.target[:600]
+    oracle = LogisticRegression(C=1e-6, tol=1e-9, max_iter=10_000).fit(features.astype(float), labels)
+    head = probe.fit_logistic(features, labels, num_classes=10, C=1e-6)
+    best = objective(oracle.coef_.T, oracle.intercept_, features, labels, 1e-6)
+    assert objective(head.kernel, head.bias, features, labels, 1e-6) - best < 1e-6
 
 
 def test_a_warm_start_at_the_solution_stays_there():
