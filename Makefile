@@ -32,8 +32,9 @@ lint: $(INSTALLED)  ## ruff, format and rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-bench: $(INSTALLED)  ## the speed table of the README, ours beside PyTorch
+bench: $(INSTALLED)  ## the speed tables of the README, ours beside PyTorch
 	$(BIN)/python -m benchmarks.features
+	$(BIN)/python -m benchmarks.probes --quick
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 CONTROL = "A/A control"
 CONTROL_BOUND = 0.05
-STRETCH_SECONDS = 0.5
+STRETCH_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
