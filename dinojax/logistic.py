@@ -50,8 +50,9 @@ def fit_logistic(
     """The linear classifier of least cross-entropy + penalty, as scikit-learn's `LogisticRegression(C=C)` means it.
 
     Minimises mean cross-entropy + ‖kernel‖² / (2 · C · images), the bias free of penalty (with two classes twice the
-    penalty, which is scikit-learn's, whose two-class model has one column). Ends when no component of the gradient
-    (in units that suit the penalty) exceeds `tolerance`, when float precision allows no further descent, or after `max_iterations`.
+    penalty, which is scikit-learn's, whose two-class model has one column). Ends when no component of the gradient (in
+    units that suit the penalty) exceeds `tolerance`, when float precision allows no further descent, or after
+    `max_iterations`.
 
     Raises:
         UserError: features, labels or a C that nothing can be learned from.
