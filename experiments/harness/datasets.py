@@ -1,4 +1,4 @@
-"""Labelled images by name: scikit-learn's digits, a folder of class folders, or TensorFlow Datasets.
+"""Labelled images by name: scikit-learn's digits, a folder of class folders, Tiny-ImageNet, TensorFlow Datasets.
 
 Each becomes a `Dataset` of two `Split`s whose images are decoded one by one, when they are asked for.
 """
@@ -74,11 +74,11 @@ def load_dataset(
     max_test: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """The data set that `data` names: "digits", a folder, or a TensorFlow Datasets name such as "cifar10".
+    """The data set that `data` names: "digits", a folder, "tiny_imagenet", or a TensorFlow Datasets name ("cifar10").
 
     Args:
         data: see above.
-        data_dir: where TensorFlow Datasets keeps its files; None is its own default.
+        data_dir: where TensorFlow Datasets keeps its files (None is its own default) and Tiny-ImageNet was extracted.
         max_train: draw this many training images, from every class in proportion to its size.
         max_test: likewise.
         seed: of that draw.
@@ -88,8 +88,8 @@ def load_dataset(
     """
     if data == "digits":
         dataset = load_digits()
-    elif Path(data).expanduser().is_dir():
-        dataset = load_folder(Path(data).expanduser())
+    elif Path(data).expanduser().is_dir() or data == "tiny_imagenet":
+        dataset = _load_path(data, data_dir)
     elif Path(data).name != data or data.startswith((".", "~")):
         raise UserError(f"--data {data}: there is no such folder")
     else:
@@ -99,6 +99,13 @@ def load_dataset(
     _check_classes(dataset)
     train = _limit(dataset.train, max_train, "--max-train", seed)
     return dataclasses.replace(dataset, train=train, test=_limit(dataset.test, max_test, "--max-test", seed))
+
+
+def _load_path(data: str, data_dir: Path | None) -> Dataset:
+    from experiments.harness import tiny_imagenet
+
+    root = tiny_imagenet.find_tiny_imagenet(data_dir) if data == tiny_imagenet.NAME else Path(data).expanduser()
+    return tiny_imagenet.load_tiny_imagenet(root) if tiny_imagenet.is_tiny_imagenet(root) else load_folder(root)
 
 
 def load_digits() -> Dataset:
@@ -131,7 +138,7 @@ def load_folder(root: Path) -> Dataset:
         raise UserError(f"{root}: class {unknown[0]!r} is among the test folders but not among the training folders")
     absent = sorted(set(classes) - set(files["test"]))
     notes = (f"{root.name}: no test images of {', '.join(map(repr, absent))}",) if absent else ()
-    train, test = (_folder_split(root, split, files[split], classes) for split in FOLDERS)
+    train, test = (split_of_files(root, split, files[split], classes) for split in FOLDERS)
     return Dataset(root.resolve().name, classes, train, test, notes)
 
 
@@ -192,7 +199,7 @@ def _class_files(root: Path, split: str) -> dict[str, list[Path]]:
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
     if not classes:
         raise UserError(f"{folder} holds no class folders: images belong in {names[0]}/<class>/")
-    files = {path.name: _image_files(path) for path in classes}
+    files = {path.name: image_files(path) for path in classes}
     empty = [name for name, found in files.items() if not found]
     if len(empty) == len(files):
         raise UserError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
@@ -201,12 +208,14 @@ def _class_files(root: Path, split: str) -> dict[str, list[Path]]:
     return files
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and below, in the order of their paths; nothing hidden."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
     return sorted(path for path in found if path.is_file())
 
 
-def _folder_split(root: Path, name: str, files: dict[str, list[Path]], classes: Sequence[str]) -> Split:
+def split_of_files(root: Path, name: str, files: dict[str, list[Path]], classes: Sequence[str]) -> Split:
+    """Images by class as a split; the labels count through `classes`, the ids are paths inside `root`."""
     paths = [path for found in files.values() for path in found]
     labels = np.repeat([classes.index(name) for name in files], [len(found) for found in files.values()])
     ids = [str(path.relative_to(root)) for path in paths]
