@@ -11,7 +11,6 @@ from reference_files import BUNDLED, names, read
 
 import dinojax.head
 from converters import head_from_torch
-from converters.torch_to_flax import fill
 from dinojax import DINOHead, UserError
 from dinojax.checkpoint import named_parameters
 
@@ -42,7 +41,9 @@ def official_gradients(gradients) -> dict[str, np.ndarray]:
 
 def check(reference, case, dtype):
     state = {name: array.astype(dtype) for name, array in reference.group(f"state/{case}").items()}
-    head = fill(nnx.eval_shape(lambda: DINOHead(**settings(reference, case), rngs=nnx.Rngs(0))), state)
+    expected_head = nnx.eval_shape(lambda: DINOHead(**settings(reference, case), rngs=nnx.Rngs(0)))
+    head = head_from_torch(state, norm_last_layer=settings(reference, case)["norm_last_layer"])
+    assert jax.tree.map(jnp.shape, nnx.state(head)) == jax.tree.map(jnp.shape, nnx.state(expected_head))
     inputs = {name: jnp.asarray(array, dtype) for name, array in reference.group(f"in/{case}").items()}
     logits, (head_gradients, feature_gradients) = logits_and_gradients(head, **inputs)
     expected = reference.group(f"out/{case}")

@@ -12,11 +12,13 @@ from dinojax import VisionTransformer
 BACKBONES = names("dino*_tiny*")
 CASES = [(name, group) for name in BACKBONES for group in inputs(name)]
 
-# Largest absolute differences. In float32 those that the reference's own README asks for; in float64 what upstream's
-# internal float32 interpolation (9e-7 in the features) and the storage of the arrays in float32 leave.
+# Largest absolute differences. In float32 those that the reference's own README asks for. In float64 what storing the
+# arrays in float32 leaves, and in DINOv2 its casting to float32 while it resizes positions, which grows with the table.
 TOLERANCES = {
-    "float32": {"pos_embed": 5e-6, "attention": 5e-6, "features": 3e-5},
-    "float64": {"pos_embed": 1e-6, "attention": 5e-7, "features": 2e-6},
+    ("dino", "float32"): {"pos_embed": 5e-6, "attention": 5e-6, "features": 3e-5},
+    ("dinov2", "float32"): {"pos_embed": 5e-6, "attention": 5e-6, "features": 3e-5},
+    ("dino", "float64"): {"pos_embed": 2e-7, "attention": 1e-7, "features": 1e-6},
+    ("dinov2", "float64"): {"pos_embed": 3e-6, "attention": 1e-6, "features": 6e-6},
 }
 STAGES = ("pos_embed", "prepare_tokens", "block_", "x_prenorm", "x_norm", "cls", "intermediate", "last_")
 
@@ -71,8 +73,8 @@ def kind(name: str) -> str:
     return "pos_embed" if name == "pos_embed" else "attention" if "attention" in name else "features"
 
 
-def too_large(found: dict[str, float], dtype: str = "float32") -> dict[str, float]:
-    return {name: value for name, value in found.items() if not value <= TOLERANCES[dtype][kind(name)]}
+def too_large(found: dict[str, float], family: str, dtype: str = "float32") -> dict[str, float]:
+    return {name: value for name, value in found.items() if not value <= TOLERANCES[family, dtype][kind(name)]}
 
 
 @pytest.mark.reference
@@ -85,7 +87,7 @@ def test_every_output_equals_the_official_one(name, group, dtype, record_differe
     assert found
     for output, difference in found.items():
         record_difference(f"{name} (official code, {dtype})", kind(output), difference)
-    wrong = too_large(found, dtype)
+    wrong = too_large(found, reference.vit_config().family, dtype)
     assert not wrong, f"first stage that differs: {next(iter(wrong))}; all: {wrong}"
 
 

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 from reference_files import Reference, names, read
 
-from converters.torch_to_flax import fill, official_parameters
-from dinojax import DINOHead, VisionTransformer, ViTConfig
+from converters import from_torch, head_from_torch
+from converters.torch_to_flax import official_parameters
+from dinojax import ViTConfig
 from dinojax.optim import dino_optimizer
 from dinojax.schedules import cosine_schedule, teacher_temp_schedule
 from dinojax.train import DINO, init_state, make_train_step
@@ -37,21 +38,19 @@ class Trajectory:
     teacher: dict[str, np.ndarray]
 
 
-def initial_model(reference: Reference, dtype: type) -> DINO:
-    """Student and teacher before the first step."""
+def network(reference: Reference, group: str, dtype: type) -> DINO:
+    """A student or teacher of the file, through the converters, which undo whatever layout its names have."""
     settings = reference.config
-    vit = dict(settings["vit"])
+    vit, head = dict(settings["vit"]), settings["head"]
     vit["img_size"] = vit["img_size"][0]
-    head = dict(settings["head"])
-    assert not head.pop("use_bn")
-
-    def build() -> DINO:
-        backbone = VisionTransformer(ViTConfig(**vit), rngs=nnx.Rngs(0))
-        sizes = head | {"in_dim": vit["embed_dim"], "norm_last_layer": settings["norm_last_layer"]}
-        return DINO(backbone, DINOHead(**sizes, rngs=nnx.Rngs(0)))
-
-    state = {name: array.astype(dtype) for name, array in reference.group("state/initial").items()}
-    return fill(nnx.eval_shape(build), state)
+    assert not head["use_bn"]
+    state = {name: array.astype(dtype) for name, array in reference.group(group).items()}
+    model = DINO(
+        from_torch(state, config=ViTConfig(**vit)),
+        head_from_torch(state, norm_last_layer=settings["norm_last_layer"]),
+    )
+    assert model.head.last_layer.weight_v.shape == (head["out_dim"], head["bottleneck_dim"])
+    return model
 
 
 def crops_of_step(reference: Reference, step: int, dtype: type) -> list[jax.Array]:
@@ -90,7 +89,7 @@ def schedules(reference: Reference) -> dict:
 
 def train(reference: Reference, dtype: type) -> Trajectory:
     config, values = reference.config, schedules(reference)
-    model = initial_model(reference, dtype)
+    model = network(reference, "state/initial", dtype)
     optimizer = dino_optimizer(
         values["lr"],
         values["weight_decay"],
@@ -128,18 +127,18 @@ def differences(reference: Reference, found: Trajectory) -> dict[str, float]:
         "center": max(np.abs(a - b.ravel()).max() for a, b in zip(found.centers, expected["out/center_after_step"])),
         "key_bias": 0.0,
     }
-    for network in ("student", "teacher"):
-        state = reference.group(f"state/final_{network}")
-        ours = getattr(found, network)
+    for which in ("student", "teacher"):
+        state = official_parameters(network(reference, f"state/final_{which}", np.float64))
+        ours = getattr(found, which)
         assert ours.keys() == state.keys()
-        result[network] = 0.0
+        result[which] = 0.0
         for name, array in state.items():
             difference = np.abs(ours[name] - array)
             if name.endswith("attn.qkv.bias"):
                 query, key, value = np.split(difference, 3)
                 result["key_bias"] = max(result["key_bias"], key.max())
                 difference = np.concatenate([query, value])
-            result[network] = max(result[network], difference.max())
+            result[which] = max(result[which], difference.max())
     return {name: float(value) for name, value in result.items()}
 
 
@@ -175,7 +174,7 @@ def test_schedules_follow_from_the_settings(name):
 def test_gradients_of_the_first_step_equal_the_official_ones(name):
     reference = read(name)
     with jax.enable_x64(True):
-        model = initial_model(reference, np.float64)
+        model = network(reference, "state/initial", np.float64)
         recorded = {}
 
         def record(updates, state, params=None):
@@ -194,5 +193,6 @@ def test_gradients_of_the_first_step_equal_the_official_ones(name):
         step(init_state(model, spy), crops_of_step(reference, 0, np.float64))
         found = official_parameters(nnx.merge(nnx.graphdef(model), recorded["updates"]))
     for key, array in reference.group("out/step0_raw_gradient").items():
+        key = key.removeprefix("module.")
         # What storing the reference in float32 leaves.
         np.testing.assert_allclose(found[key], array, rtol=0, atol=1e-7 * np.abs(array).max() + 1e-12, err_msg=key)
