@@ -123,6 +123,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
         "date": time.strftime("%Y-%m-%d"),
+        "allocator": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
         "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }
 
@@ -150,8 +151,9 @@ def _worker(variant: Variant) -> Iterator[subprocess.Popen]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        # Large pages for both sides: without them either allocator may spend a third of the time in page faults.
-        env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TOKENIZERS_PARALLELISM": "false"},
+        # Large pages for both sides: without them either allocator may spend a third of the time in page faults. Where
+        # the system runs short of them the first process gets most, and the control shows it: set hugetlb=0 then.
+        env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TOKENIZERS_PARALLELISM": "false"} | os.environ,
     )
     try:
         yield process
