@@ -45,6 +45,10 @@ class DINOHead(nnx.Module):
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_norm=not norm_last_layer, rngs=rngs)
 
     def __call__(self, features: Float[Array | np.ndarray, "*batch in_dim"]) -> Float[Array, "*batch prototypes"]:
+        return self.last_layer(self.embed(features))
+
+    def embed(self, features: Float[Array | np.ndarray, "*batch in_dim"]) -> Float[Array, "*batch bottleneck_dim"]:
+        """What is compared with the prototypes; of length one."""
         x = features
         if isinstance(self.mlp, nnx.Dict):
             *hidden, last = sorted(self.mlp.keys(), key=int)
@@ -53,7 +57,7 @@ class DINOHead(nnx.Module):
             x = self.mlp[last](x)
         else:
             x = self.mlp(x)
-        return self.last_layer(_unit_length(x))
+        return _unit_length(x)
 
 
 class WeightNormLinear(nnx.Module):
@@ -65,8 +69,12 @@ class WeightNormLinear(nnx.Module):
         self.weight_g = nnx.Param(jnp.ones((out_dim, 1)))
 
     def __call__(self, x: Float[Array, "*batch in_dim"]) -> Float[Array, "*batch out_dim"]:
+        return x @ self.weight().T
+
+    def weight(self) -> Float[Array, "out_dim in_dim"]:
+        """The rows at the lengths they have in effect."""
         length = self.weight_g[...] if self.train_norm else jax.lax.stop_gradient(self.weight_g[...])
-        return x @ (length * _unit_length(self.weight_v[...])).T
+        return length * _unit_length(self.weight_v[...])
 
 
 def _unit_length(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:

@@ -5,6 +5,7 @@ facebookresearch/dinov2 b8931f7 `dinov2/models/vision_transformer.py`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -122,6 +123,7 @@ class VisionTransformer(nnx.Module):
         masks: Bool[Array | np.ndarray, "batch patches"] | None = None,
         *,
         key: Key[Array, ""] | None = None,
+        remat: bool = False,
     ) -> Features:
         """Features of a batch of images.
 
@@ -129,14 +131,16 @@ class VisionTransformer(nnx.Module):
             images: float images, height before width.
             masks: patches to replace by the mask token, row-major (DINOv2 only).
             key: draws drop path; None is inference.
+            remat: keep only what enters each block, and compute the rest again for the gradient.
 
         Raises:
             ValueError: a DINOv2 model and a size that its patch does not divide, or masks for a model without a mask
                 token.
         """
-        if key is None:
+        if key is None and not remat:
             return self._in_chunks(self._features, images, masks)
-        return self._features(images, masks, list(jax.random.split(key, len(self.blocks))))
+        keys = [None] * len(self.blocks) if key is None else list(jax.random.split(key, len(self.blocks)))
+        return self._features(images, masks, keys, remat)
 
     def get_intermediate_layers(
         self,
@@ -201,10 +205,17 @@ class VisionTransformer(nnx.Module):
             offset=self.config.interpolate_offset,
         )
 
-    def _features(self, images: _Batch, masks: _Batch | None, block_keys: Sequence[Array] | None = None) -> Features:
+    def _features(
+        self,
+        images: _Batch,
+        masks: _Batch | None,
+        block_keys: Sequence[Array | None] | None = None,
+        remat: bool = False,
+    ) -> Features:
         x = self._embed(images, masks)
-        for index, block in enumerate(self.blocks):
-            x = block(x, key=block_keys and block_keys[index])
+        for block, key in zip(self.blocks, block_keys or [None] * len(self.blocks)):
+            apply = functools.partial(Block.__call__, block)
+            x = (jax.checkpoint(apply) if remat else apply)(x, key=key)
         cls_token, register_tokens, patch_tokens = self._split(self.norm(x))
         return Features(cls_token, patch_tokens, register_tokens, prenorm=x)
 

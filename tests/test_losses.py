@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from reference_files import names, read
 
-from dinojax.losses import dino_loss, teacher_probs, updated_center
+from dinojax.losses import dino_loss, dino_loss_in_chunks, teacher_probs, updated_center
 from dinojax.optim import clip_by_tensor_norm
 from dinojax.schedules import cosine_schedule, teacher_temp_schedule
 
@@ -49,16 +49,21 @@ def test_losses_gradients_and_centers_equal_the_official_ones(name, dtype):
         )
 
 
-@pytest.mark.parametrize(("global_crops", "crops"), [(2, 2), (2, 7), (1, 3), (3, 5)])
-def test_the_loss_is_the_double_loop_over_pairs(global_crops, crops):
-    def double_loop(student, probs):
-        terms = [
-            -(probs[g] * jax.nn.log_softmax(student[v] / 0.1, axis=-1)).sum(-1).mean()
-            for g, v in itertools.product(range(global_crops), range(crops))
-            if g != v
-        ]
-        return sum(terms) / len(terms)
+def double_loop(student, probs):
+    """The mean over pairs of different crops, pair by pair."""
+    terms = [
+        -(probs[g] * jax.nn.log_softmax(student[v] / 0.1, axis=-1)).sum(-1).mean()
+        for g, v in itertools.product(range(len(probs)), range(len(student)))
+        if g != v
+    ]
+    return sum(terms) / len(terms)
 
+
+COUNTS = [(2, 2), (2, 7), (1, 3), (3, 5)]
+
+
+@pytest.mark.parametrize(("global_crops", "crops"), COUNTS)
+def test_the_loss_is_the_double_loop_over_pairs(global_crops, crops):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         student = jnp.asarray(rng.standard_normal((crops, 4, 11)))
@@ -66,7 +71,46 @@ def test_the_loss_is_the_double_loop_over_pairs(global_crops, crops):
         expected, expected_gradient = jax.value_and_grad(double_loop)(student, probs)
         found, gradient = jax.value_and_grad(dino_loss)(student, probs)
         np.testing.assert_allclose(found, expected, rtol=1e-13)
-        np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=1e-15)
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk", [3, 12])
+@pytest.mark.parametrize(("global_crops", "crops"), COUNTS)
+def test_the_loss_in_chunks_is_the_double_loop_over_pairs(global_crops, crops, chunk):
+    def plain(student, weight, teacher, center):
+        probs = jax.nn.softmax((teacher @ weight.T - center) / 0.05, axis=-1)
+        probs = jax.lax.stop_gradient(probs)
+        return double_loop(student @ weight.T, probs), -(probs * jnp.log(probs)).sum(-1).mean()
+
+    def in_chunks(student, weight, teacher, center):
+        return dino_loss_in_chunks(student, weight, teacher, weight, center, 0.05, chunk=chunk)
+
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        shapes = {"student": (crops, 4, 5), "weight": (12, 5), "teacher": (global_crops, 4, 5), "center": (12,)}
+        arrays = [jnp.asarray(0.3 * rng.standard_normal(shape)) for shape in shapes.values()]
+        everything = tuple(range(len(arrays)))
+        (expected, entropy), expected_gradients = jax.value_and_grad(plain, everything, has_aux=True)(*arrays)
+        (found, found_entropy), gradients = jax.value_and_grad(in_chunks, everything, has_aux=True)(*arrays)
+        np.testing.assert_allclose(found, expected, rtol=1e-13)
+        np.testing.assert_allclose(found_entropy, entropy, rtol=1e-13)
+        for name, gradient, other in zip(shapes, gradients, expected_gradients):
+            np.testing.assert_allclose(gradient, other, rtol=0, atol=1e-14, err_msg=name)
+        assert not gradients[2].any()  # the teacher's
+
+
+def test_a_chunk_that_does_not_divide_the_prototypes_is_refused():
+    x, weight = jnp.zeros((2, 1, 5)), jnp.zeros((12, 5))
+    with pytest.raises(ValueError, match="chunk=5 does not divide 12 prototypes"):
+        dino_loss_in_chunks(x, weight, x, weight, jnp.zeros(12), 0.05, chunk=5)
+
+
+def test_the_gradient_keeps_nothing_of_the_logits_size_in_float32():
+    """What is kept for the gradient: the bfloat16 logits, the teacher's probabilities, one number a row."""
+    logits, probs = jnp.zeros((10, 8, 512), jnp.bfloat16), jnp.full((2, 8, 512), 1 / 512)
+    _, pullback = jax.vjp(lambda x: dino_loss(x, probs), logits)
+    large = [x for x in jax.tree.leaves(pullback) if x.size >= logits.size]
+    assert [x.dtype for x in large] == [jnp.bfloat16]
 
 
 def test_a_loss_without_a_pair_is_refused():

@@ -1,0 +1,61 @@
+"""What tells whether self-distillation is healthy: spread and rank of features, clipped gradients, collapse by name."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# A teacher that says the same of every image: its loss stays at log K, or all features point the same way.
+_LOSS_MARGIN = 0.01
+_LEAST_SPREAD = 0.05
+
+
+def feature_std(features: Float[Array, "batch dim"]) -> Float[Array, ""]:
+    """Standard deviation over the batch of features of length one, times √dim: near 1 is healthy, near 0 collapse."""
+    features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+    unit = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+    return jnp.sqrt(features.shape[-1]) * jnp.mean(jnp.std(unit, axis=0))
+
+
+def rank_me(features: Float[Array, "images dim"]) -> Float[Array, ""]:
+    """The effective rank of features: the exponential of the entropy of their singular values; 1 to dim.
+
+    Source: RankMe (arXiv 2210.02885), Eq. 1 and 2, with its ε = 1e-7.
+    """
+    values = jnp.linalg.svd(features.astype(jnp.promote_types(features.dtype, jnp.float32)), compute_uv=False)
+    share = values / jnp.sum(values) + 1e-7
+    return jnp.exp(-jnp.sum(share * jnp.log(share)))
+
+
+def gradient_norms(gradients: Any, clip_norm: float | None) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The norm of all gradients, and the share of tensors whose own norm is above `clip_norm` (None or 0: none is)."""
+    norms = jnp.stack([jnp.linalg.norm(gradient.ravel()) for gradient in jax.tree.leaves(gradients)])
+    clipped = norms > clip_norm if clip_norm else jnp.zeros(norms.shape, bool)
+    return jnp.linalg.norm(norms), jnp.mean(clipped, dtype=norms.dtype)
+
+
+def name_collapse(loss: float, feature_std: float, prototypes: int) -> str | None:
+    """A sentence that names a collapse and what to do about it; None where there is none.
+
+    To be asked after the warm-up, with means over some steps: at the start every loss is near log K.
+
+    Args:
+        loss: in nats.
+        feature_std: see `feature_std`.
+        prototypes: K, the number of prototypes.
+
+    Source: the advice is the authors' own, facebookresearch/dino README and its issues on small data sets.
+    """
+    uniform = math.log(prototypes)
+    if loss >= (1 - _LOSS_MARGIN) * uniform:
+        sign = f"the loss {loss:.3f} stays at log({prototypes}) = {uniform:.3f}: the teacher's answer is uniform"
+    elif feature_std < _LEAST_SPREAD:
+        sign = f"the features of all images point the same way (spread {feature_std:.3f}, healthy is near 1)"
+    else:
+        return None
+    return (
+        f"collapse: {sign}; lower the teacher temperature (0.04 without warm-up), raise the teacher momentum "
+        "(0.9995 at batch 256), or lower the learning rate"
+    )
