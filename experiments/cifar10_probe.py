@@ -35,8 +35,8 @@ class Config:
 
     data: str = "cifar10"
     """"digits" (1,797 scans inside scikit-learn, no download), a folder with train/<class>/… and test/<class>/…
-    (also training, val, validation), tiny_imagenet or its extracted folder, or a TensorFlow Datasets name such as
-    cifar10, cifar100, stl10."""
+    (also training, val, validation), tiny_imagenet (extracted, zipped or downloaded) or its extracted folder, or a
+    TensorFlow Datasets name such as cifar10, cifar100, stl10."""
     weights: str = "dinov2_vits14"
     """A published checkpoint by its torch.hub name (dino_vits16 … dinov2_vitg14_reg), a .pth or .safetensors file, a
     folder made by `python -m converters`, "random" (ViT-S/14 that was never trained) or "random:NAME"."""
@@ -88,7 +88,7 @@ class Config:
     """Where features and downloaded weights are kept."""
     data_dir: Path | None = None
     """Where TensorFlow Datasets keeps its files (default: its own, ~/tensorflow_datasets), and where
-    tiny-imagenet-200 was extracted (default: the working folder)."""
+    tiny-imagenet-200 was extracted or lies as a zip (default: the working folder)."""
 
 
 @dataclasses.dataclass(frozen=True)

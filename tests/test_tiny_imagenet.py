@@ -1,5 +1,8 @@
 """Tiny-ImageNet's official layout: labels from the table, names from the word list, and what is refused."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,29 +13,27 @@ from experiments.harness.datasets import load_dataset
 WORDS = {"n2": "goldfish, Carassius", "n1": "crane, bird", "n3": "crane, machine"}
 
 
-@pytest.fixture
-def root(tmp_path):
-    """Three classes with two training images each, of which the value tells the class; four validation images."""
-    root = tmp_path / "tiny-imagenet-200"
+def write_tiny_imagenet(root: Path) -> Path:
+    """Three classes of 3, 2 and 1 training images, of which the value tells the class; four validation images."""
     value = {wnid: 50 * (i + 1) for i, wnid in enumerate(sorted(WORDS))}
-    for wnid in WORDS:
+    for i, wnid in enumerate(WORDS):
         folder = root / "train" / wnid / "images"
         folder.mkdir(parents=True)
-        for i in range(2):
-            Image.new("L", (64, 64), value[wnid]).save(folder / f"{wnid}_{i}.JPEG")
-    (root / "val" / "images").mkdir(parents=True)
+        (folder.parent / f"{wnid}_boxes.txt").write_text("no image")
+        for image in range(3 - i):
+            Image.new("L", (64, 64), value[wnid]).save(folder / f"{wnid}_{image}.JPEG")
     table = [("val_0.JPEG", "n3"), ("val_1.JPEG", "n1"), ("val_2.JPEG", "n3"), ("val_3.JPEG", "n2")]
-    for name, wnid in table:
-        Image.new("RGB", (64, 64), (value[wnid],) * 3).save(root / "val" / "images" / name)
+    for split, names in (("val", [name for name, _ in table]), ("test", ["test_0.JPEG"])):
+        (root / split / "images").mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (64, 64), (value[dict(table).get(name, "n1")],) * 3).save(root / split / "images" / name)
     (root / "val" / "val_annotations.txt").write_text("".join(f"{n}\t{w}\t0\t0\t63\t63\n" for n, w in table))
     (root / "wnids.txt").write_text("\n".join(WORDS) + "\n")
     (root / "words.txt").write_text("".join(f"{wnid}\t{text}\n" for wnid, text in WORDS.items()) + "n9\tmore\n")
     return root
 
 
-@pytest.mark.parametrize("by_name", [False, True])
-def test_labels_follow_the_images(root, by_name):
-    dataset = load_dataset("tiny_imagenet", data_dir=root.parent) if by_name else load_dataset(str(root))
+def assert_labels_follow_the_images(dataset):
     assert dataset.class_names == ("crane (n1)", "goldfish", "crane (n3)")
     assert (len(dataset.train), len(dataset.test)) == (6, 4)
     for split in (dataset.train, dataset.test):
@@ -41,8 +42,21 @@ def test_labels_follow_the_images(root, by_name):
     assert set(dataset.test.ids) == {f"val/images/val_{i}.JPEG" for i in range(4)}
 
 
-def test_an_absent_folder_names_its_source(tmp_path):
-    with pytest.raises(UserError, match=r"tiny-imagenet-200 is not there; extract http://cs231n"):
+@pytest.fixture
+def root(tmp_path):
+    return write_tiny_imagenet(tmp_path / "tiny-imagenet-200")
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_labels_follow_the_images(root, by_name):
+    dataset = load_dataset("tiny_imagenet", data_dir=root.parent) if by_name else load_dataset(str(root))
+    assert_labels_follow_the_images(dataset)
+    assert [path.name for path in root.parent.iterdir()] == [root.name]  # used as it is, nothing is prepared
+
+
+def test_without_tfds_an_absent_folder_names_its_source(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'dinojax\[tfds\]'`; else extract http://cs231n.* as --data"):
         load_dataset("tiny_imagenet", data_dir=tmp_path)
 
 

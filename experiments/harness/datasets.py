@@ -78,7 +78,8 @@ def load_dataset(
 
     Args:
         data: see above.
-        data_dir: where TensorFlow Datasets keeps its files (None is its own default) and Tiny-ImageNet was extracted.
+        data_dir: where TensorFlow Datasets keeps its files (None is its own default) and Tiny-ImageNet was extracted
+            (None is the working folder).
         max_train: draw this many training images, from every class in proportion to its size.
         max_test: likewise.
         seed: of that draw.
@@ -104,7 +105,9 @@ def load_dataset(
 def _load_path(data: str, data_dir: Path | None) -> Dataset:
     from experiments.harness import tiny_imagenet
 
-    root = tiny_imagenet.find_tiny_imagenet(data_dir) if data == tiny_imagenet.NAME else Path(data).expanduser()
+    if data == tiny_imagenet.NAME:
+        return tiny_imagenet.load_by_name(data_dir)
+    root = Path(data).expanduser()
     return tiny_imagenet.load_tiny_imagenet(root) if tiny_imagenet.is_tiny_imagenet(root) else load_folder(root)
 
 

@@ -27,10 +27,29 @@ def load_tfds(name: str, data_dir: Path | None = None) -> Dataset:
         UserError: an unknown name, no image or label, not prepared and no way to do it here, or a format that cannot
             be read by position.
     """
+    import_tfds(name, WAYS_ON)
+    return read_prepared(name, _prepared_builder(name, data_dir))
+
+
+def import_tfds(name: str, ways_on: str) -> None:
+    """Imports TensorFlow Datasets and keeps it quiet.
+
+    Raises:
+        UserError: it is not installed; data set `name` needs it, or one of the `ways_on` without it.
+    """
     if importlib.util.find_spec("tensorflow_datasets") is None:
-        raise UserError(f"--data {name}: reading it needs `pip install 'dinojax[tfds]'`; else {WAYS_ON}")
+        raise UserError(f"--data {name}: reading it needs `pip install 'dinojax[tfds]'`; else {ways_on}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    builder = _prepared_builder(name, data_dir)
+    importlib.import_module("tensorflow_datasets")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of every set that is not prepared yet
+
+
+def read_prepared(name: str, builder: Any) -> Dataset:
+    """The data set of a TFDS builder whose files are on disk, read by position.
+
+    Raises:
+        UserError: it has no image with a label, no two splits, or a format that cannot be read by position.
+    """
     features = builder.info.features
     image_key, label_key = _image_and_label(name, features)
     test_name = next((split for split in ("test", "validation") if split in builder.info.splits), None)
@@ -47,7 +66,6 @@ def _prepared_builder(name: str, data_dir: Path | None) -> Any:
     """The builder of a set that is on disk, prepared now if need be."""
     import tensorflow_datasets as tfds
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of every set that is not prepared yet
     try:
         builder = tfds.builder(name, data_dir=data_dir and data_dir.expanduser())
     except (ValueError, AssertionError) as error:  # unknown; no such configuration or version; not a name at all
@@ -98,11 +116,16 @@ def _tfds_split(builder: Any, name: str, source_name: str, image_key: str, label
             f"--data {builder.name}: it was prepared in {builder.data_path} in a format without random access; "
             "give an empty folder as --data-dir to prepare it anew"
         ) from error
-    labels = [example[label_key] for example in source]
+    features = builder.info.features
+    has_ids = "id" in features and isinstance(features["id"], tfds.features.Text)
+    labels, ids = [], []
+    for i, example in enumerate(source):
+        labels.append(example[label_key])
+        ids.append(example["id"].decode() if has_ids else f"{source_name}/{i}")
     info = builder.info.splits[source_name]
     return Split(
         name,
-        [f"{source_name}/{i}" for i in range(len(labels))],
+        ids,
         np.array(labels, np.int64),
         lambda i: decode_rgb(io.BytesIO(source[i][image_key]), f"image {i} of {builder.info.full_name} {source_name}"),
         digest(builder.info.full_name, source_name, str(info.num_bytes), str(info.shard_lengths)),
