@@ -1,17 +1,27 @@
-"""Models on disk: a folder with `model.safetensors` (every parameter under its dotted path) and `config.json`."""
+"""What is kept on disk: finished models and the checkpoints of a training.
 
+A model is a folder with `model.safetensors` (every parameter under its dotted path) and `config.json`.
+A training's checkpoints are one folder of Orbax checkpoints, `step_300` and so on: the whole state as the arrays
+`state` (OCDBT, every leaf under its dotted path), and a JSON `manifest` with the SHA-256 of every leaf.
+"""
+
+import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import safetensors
 from flax import nnx
+from jaxtyping import PyTree
 from safetensors.numpy import save_file
 
 from dinojax.errors import UserError
@@ -20,6 +30,8 @@ from dinojax.vit import VisionTransformer, ViTConfig
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _KIND = "VisionTransformer"
+_STEP = "step_"
+_UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's own suffix: it renames a folder when all is in it
 
 
 def named_parameters(module: nnx.Module) -> dict[str, jax.Array]:
@@ -130,3 +142,307 @@ def _dotted(path: tuple[object, ...]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Restored(NamedTuple):
+    """A checkpoint read back, and one sentence for every damaged one that was passed over for it."""
+
+    step: int
+    state: PyTree
+    record: dict[str, Any]
+    skipped: list[str]
+
+
+class TrainingCheckpoints(contextlib.AbstractContextManager):
+    """The checkpoints of one training, written in the background, whole or not at all, and verified when read.
+
+    To be used as a context manager, which waits for the last write. One process writes; any may read.
+
+    Args:
+        folder: theirs alone; made by the first `save`.
+        keep_newest: how many of the newest are kept.
+        keep_best: how many of those with the highest score are kept besides.
+    """
+
+    def __init__(self, folder: str | Path, *, keep_newest: int = 3, keep_best: int = 1):
+        if keep_newest < 1 or keep_best < 0:
+            raise ValueError(f"keep_newest={keep_newest} and keep_best={keep_best} must be at least 1 and 0")
+        self._folder = Path(folder).absolute()
+        self._keep_newest, self._keep_best = keep_newest, keep_best
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._current: int | None = None  # the step that was saved or restored last
+        self._damaged: set[int] = set()  # passed over by `restore`; the next save removes them
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps on disk, ascending, damaged ones included."""
+        names = [path.name.removeprefix(_STEP) for path in self._folder.glob(f"{_STEP}*")]
+        return sorted(step for step in {int(name) for name in names if name.isdecimal()} if self._path(step).is_dir())
+
+    def save(self, step: int, state: PyTree, *, record: Mapping[str, object], score: float | None = None) -> None:
+        """Copies the state off the device, and writes it in the background.
+
+        The state may be donated or changed as soon as this returns. The step that was saved or restored last is not
+        written again, so that a save on leaving may come at any time.
+
+        Args:
+            step: larger than every step saved before.
+            state: any pytree of arrays, typed keys included; none may be empty.
+            record: JSON values to be kept beside, such as the settings and the position in the data.
+            score: higher is better; None or not finite for none.
+
+        Raises:
+            UserError: no room, a failed write (of this checkpoint or of the one before), or another run's folder.
+        """
+        self.wait()
+        if step == self._current:
+            return
+        sound = [other for other in self.steps if other not in self._damaged]
+        if sound and step <= sound[-1]:
+            raise UserError(
+                f"{self._folder} holds checkpoints up to step {sound[-1]}, and now step {step} is to be saved there; "
+                "resume from them or name another folder"
+            )
+        leaves = _named_leaves(state)
+        manifest = {
+            "step": step,
+            "score": float(score) if score is not None and math.isfinite(score) else None,
+            "record": json.loads(json.dumps(dict(record))),
+            "leaves": {name: _description(leaf) for name, leaf in leaves.items()},
+        }
+        arrays = _on_host(leaves)
+        self._make_room(sum(array.nbytes for array in arrays.values()))
+        self._current = step
+        self._pending = self._thread.submit(self._write, step, arrays, manifest)
+
+    def wait(self) -> None:
+        """Returns when the last `save` is on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._pending is None:
+            return
+        concurrent.futures.wait([self._pending])  # Ctrl-C here leaves it pending
+        pending, self._pending = self._pending, None
+        pending.result()
+
+    def close(self) -> None:
+        """Waits, like `wait`, and ends the background thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def restore(self, like: PyTree) -> Restored | None:
+        """The newest sound checkpoint, or None where there is none at all.
+
+        Every byte is compared with the hash of what was saved; damaged checkpoints are passed over.
+
+        Args:
+            like: a real or abstract state that gives structure, shapes, dtypes, and shardings where it has them.
+
+        Raises:
+            UserError: a checkpoint of another architecture or optimiser, or none that is sound.
+        """
+        self.wait()
+        restored = self._first_sound(reversed(self.steps), like)
+        if restored is not None:
+            self._current = restored.step
+            self._damaged = {step for step in self.steps if step > restored.step}
+        return restored
+
+    def restore_best(self, like: PyTree) -> Restored | None:
+        """The sound checkpoint with the highest score, the newest among equals; otherwise as `restore`."""
+        self.wait()
+        scores = self._scores()
+        return self._first_sound(sorted(scores, key=lambda step: (scores[step], step), reverse=True), like)
+
+    def _first_sound(self, steps: Iterable[int], like: PyTree) -> Restored | None:
+        skipped = []
+        for step in steps:
+            try:
+                manifest = self._manifest(step)
+                self._raise_unless_fitting(manifest, like)
+                arrays = self._verified_arrays(manifest)
+            except _DamagedError as error:
+                skipped.append(f"the checkpoint of step {step} is damaged: {error}")
+                continue
+            placed = [
+                _placed(arrays[name], manifest["leaves"][name], leaf) for name, leaf in _named_leaves(like).items()
+            ]
+            return Restored(step, jax.tree.unflatten(jax.tree.structure(like), placed), manifest["record"], skipped)
+        if skipped:
+            raise UserError(
+                f"{self._folder} holds no sound checkpoint ({'; '.join(skipped)}); "
+                "remove the folder to start anew or name another"
+            )
+        return None
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"{_STEP}{step}"
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        try:
+            manifest = json.loads((self._path(step) / "manifest" / "metadata").read_text())
+            written = manifest.pop("sha256") == _sha256_of_json(manifest) and manifest["step"] == step
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise _DamagedError(f"its manifest cannot be read ({type(error).__name__})") from error
+        if not written:
+            raise _DamagedError("its manifest is not the one that was written")
+        return manifest
+
+    def _raise_unless_fitting(self, manifest: dict[str, Any], like: PyTree) -> None:
+        stored = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in manifest["leaves"].items()}
+        wanted = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named_leaves(like).items()}
+        differing = [
+            f"{name} is {stored.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
+            for name in stored | wanted
+            if stored.get(name) != wanted.get(name)
+        ]
+        if differing:
+            raise UserError(
+                f"the checkpoint of step {manifest['step']} in {self._folder} is another model's or optimiser's: "
+                f"{'; '.join(differing[:3])}{f'; and {len(differing) - 3} more' if len(differing) > 3 else ''}; "
+                "give the settings it was made with or name another folder"
+            )
+
+    def _verified_arrays(self, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Reads with TensorStore, as Orbax does: Orbax itself leaves tracebacks on stderr when a file is damaged."""
+        import tensorstore
+
+        context = tensorstore.Context()
+        base = {"driver": "file", "path": f"{self._path(manifest['step'])}/state/"}
+
+        def verified(name: str) -> np.ndarray:
+            spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+            try:
+                array = tensorstore.open(spec, context=context, open=True, read=True).result().read().result()
+            except Exception as error:
+                raise _DamagedError(f"{name} cannot be read ({str(error).partition(':')[0]})") from error
+            if _sha256_of_array(array) != manifest["leaves"][name]["sha256"]:
+                raise _DamagedError(f"{name} is not what was written (its SHA-256 differs)")
+            return array
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            return dict(zip(manifest["leaves"], pool.map(verified, manifest["leaves"])))
+
+    def _scores(self) -> dict[int, float]:
+        """The steps that have a score; ∞ where the manifest is damaged, so that it is looked at, and reported."""
+        scores = {}
+        for step in self.steps:
+            try:
+                scores[step] = self._manifest(step)["score"]
+            except _DamagedError:
+                scores[step] = math.inf
+        return {step: score for step, score in scores.items() if score is not None}
+
+    def _make_room(self, size: int) -> None:
+        """Makes the folder and clears it of what a killed process left; a full disk is named before it is tried."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._remove_unfinished()
+            free = shutil.disk_usage(self._folder).free
+        except OSError as error:
+            raise UserError(f"{self._folder} cannot be written to ({error}); name another folder") from error
+        needed = size + 2**20  # a megabyte for the manifest and the index
+        if free < needed:
+            raise UserError(
+                f"a checkpoint needs {needed / 1e6:.0f} MB, and {self._folder} has {free / 1e6:.0f} MB left; "
+                "make room, and the same command goes on from the last checkpoint"
+            )
+
+    def _write(self, step: int, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> None:
+        """Hashes what is in memory, not what came to the disk; then one atomic Orbax checkpoint."""
+        import orbax.checkpoint as ocp
+
+        for name, array in arrays.items():
+            manifest["leaves"][name]["sha256"] = _sha256_of_array(array)
+        manifest["sha256"] = _sha256_of_json(manifest)
+        # Compression takes seconds to save 8 % of trained weights; the format is the one `_verified_arrays` reads.
+        state_handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
+        handler = ocp.CompositeCheckpointHandler(state=state_handler, manifest=ocp.JsonCheckpointHandler())
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(manifest))
+        try:
+            with ocp.Checkpointer(handler) as checkpointer:
+                checkpointer.save(self._path(step), args=items, force=True)
+            self._damaged.discard(step)
+            self._remove_superseded()
+        except Exception as error:
+            self._current = None
+            self._remove_unfinished()
+            raise UserError(
+                f"the checkpoint of step {step} could not be written to {self._folder} "
+                f"({str(error).rpartition(': ')[2]}); "
+                "make room or name another folder; the earlier checkpoints are untouched"
+            ) from error
+
+    def _remove_superseded(self) -> None:
+        steps, scores = self.steps, self._scores()
+        sound = [step for step in steps if step not in self._damaged]
+        scored = [step for step in sound if scores.get(step, math.inf) < math.inf]
+        best = sorted(scored, key=lambda step: (scores[step], step), reverse=True)[: self._keep_best]
+        for step in set(steps) - {*sound[-self._keep_newest :], *best}:
+            # Renamed first: one that is half removed is no checkpoint.
+            shutil.rmtree(self._path(step).rename(self._folder / f"{_STEP}{step}.removed{_UNFINISHED}"))
+        self._damaged.clear()
+
+    def _remove_unfinished(self) -> None:
+        for path in self._folder.glob(f"{_STEP}*{_UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class _DamagedError(Exception):
+    """What is wrong with a checkpoint, as the end of a sentence."""
+
+
+def _named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves under their dotted paths, in the order of the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):
+        raise ValueError("two leaves of the state have the same dotted path")
+    for name, leaf in named.items():
+        if not (hasattr(leaf, "dtype") and math.prod(leaf.shape)):
+            raise TypeError(f"{name} of the state is {leaf!r}; only arrays can be kept, and no empty ones")
+    return named
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _description(leaf: jax.Array | np.ndarray) -> dict[str, Any]:
+    description = {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+    return description | ({"key": str(jax.random.key_impl(leaf))} if _is_key(leaf) else {})
+
+
+def _on_host(leaves: Mapping[str, jax.Array | np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays that nothing changes any more: where JAX gives a view (on the CPU), it no longer donates the buffer."""
+    data = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in leaves.items()}
+    host = jax.device_get(data)
+    return {name: host[name] if isinstance(leaf, jax.Array) else np.array(leaf) for name, leaf in data.items()}
+
+
+def _placed(array: np.ndarray, description: Mapping[str, Any], like: Any) -> jax.Array:
+    """The leaf on the devices of `like`; on the default one where it is bound to none."""
+    leaf = jax.random.wrap_key_data(array, impl=description["key"]) if "key" in description else array
+    bound = getattr(like, "committed", True)
+    placed = jax.device_put(leaf, getattr(like, "sharding", None) if bound else None)
+    if placed.dtype != like.dtype:
+        raise UserError(f"the checkpoint is in {like.dtype}, which JAX makes {placed.dtype}; set JAX_ENABLE_X64=1")
+    return placed
+
+
+def _sha256_of_array(array: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _sha256_of_json(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

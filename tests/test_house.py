@@ -69,6 +69,7 @@ def test_starting_loads_no_heavy_library(command):
         "except SystemExit as stop:\n"
         "    assert not stop.code, stop.code\n"
         "heavy = {'torch', 'tensorflow', 'matplotlib', 'sklearn', 'transformers', 'tensorflow_datasets'}\n"
+        "heavy |= {'orbax', 'tensorstore'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=ROOT)
