@@ -49,7 +49,7 @@ def name_collapse(loss: float, feature_std: float, prototypes: int) -> str | Non
     Source: the advice is the authors' own, facebookresearch/dino README and its issues on small data sets.
     """
     uniform = math.log(prototypes)
-    if loss >= (1 - _LOSS_MARGIN) * uniform:
+    if abs(loss - uniform) <= _LOSS_MARGIN * uniform:
         sign = f"the loss {loss:.3f} stays at log({prototypes}) = {uniform:.3f}: the teacher's answer is uniform"
     elif feature_std < _LEAST_SPREAD:
         sign = f"the features of all images point the same way (spread {feature_std:.3f}, healthy is near 1)"

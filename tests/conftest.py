@@ -1,6 +1,17 @@
 """What every test runs under: shapes checked as annotated, full float32 products; and what parity tests measured."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
+
+# Most of the time of the tests is XLA's. Worker processes and the commands that tests start share what is compiled.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_OWNER = _CACHE not in os.environ
+if _OWNER:
+    os.environ[_CACHE] = tempfile.mkdtemp(prefix="dinojax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import jax
 import pytest
@@ -10,6 +21,12 @@ install_import_hook(["dinojax", "converters", "experiments"], "typechecker.check
 
 # Accelerators would otherwise multiply float32 in lower precision, and the tolerances would lose their meaning.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_unconfigure() -> None:
+    """The process that made the folder of compiled programs removes it."""
+    if _OWNER:
+        shutil.rmtree(os.environ[_CACHE], ignore_errors=True)
 
 
 @pytest.fixture

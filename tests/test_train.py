@@ -179,6 +179,7 @@ def test_feature_std_of_healthy_and_collapsed_features():
 
 def test_collapse_is_named_with_its_sign_and_a_way_on():
     assert name_collapse(4.0, 0.8, 1024) is None
+    assert name_collapse(1.02 * math.log(1024), 0.8, 1024) is None  # a student far from its teacher
     uniform = name_collapse(math.log(1024) * 0.995, 0.8, 1024)
     same = name_collapse(3.0, 0.01, 1024)
     assert "log(1024)" in uniform and "same way" in same

@@ -1,0 +1,146 @@
+"""Maps of what a model sees in an image: attention of the class token, masks from it, patch PCA, patch similarity.
+
+Maps are arrays of patches, rows first; `upsample` makes pixels of them. Attention comes from
+`VisionTransformer.get_last_selfattention`, patch features from `Features.patch_tokens`.
+
+Source: facebookresearch/dino 7c446df `visualize_attention.py` (the maps, the mask by mass); arXiv 2304.07193, Figure 1
+(the PCA and its threshold on the first component).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Shaped
+
+# Patches that are in float64 at once in a PCA.
+_ROWS = 65_536
+
+
+def cls_attention(
+    attention: Float[Array | np.ndarray, "batch heads tokens tokens"],
+    rows: int,
+    columns: int,
+    *,
+    num_register_tokens: int = 0,
+) -> Float[Array | np.ndarray, "batch heads rows columns"]:
+    """How much the class token attends to each patch, in each head.
+
+    The attention to itself and to the registers is left out, so a map sums to less than one.
+
+    Args:
+        attention: probabilities, tokens in the order CLS, registers, patches.
+        rows: patches from top to bottom.
+        columns: patches from left to right.
+        num_register_tokens: of the model.
+
+    Raises:
+        ValueError: the tokens are not one class token, the registers and `rows` × `columns` patches.
+    """
+    *lead, _, tokens = attention.shape
+    if tokens != 1 + num_register_tokens + rows * columns:
+        raise ValueError(f"{tokens} tokens are not CLS, {num_register_tokens} registers and {rows}×{columns} patches")
+    return attention[:, :, 0, 1 + num_register_tokens :].reshape(*lead, rows, columns)
+
+
+def score_mask(
+    attention: Float[Array | np.ndarray, "*maps rows columns"], threshold: float
+) -> Bool[np.ndarray, "*maps rows columns"]:
+    """The patches whose score is at least `threshold`; the score is the attention over the largest of its map.
+
+    A higher threshold keeps fewer patches: 0 keeps all of them, 1 the most attended one.
+    """
+    attention = np.asarray(attention, np.float64)
+    return attention >= threshold * attention.max(axis=(-2, -1), keepdims=True)
+
+
+def mass_mask(
+    attention: Float[Array | np.ndarray, "*maps rows columns"], mass: float
+) -> Bool[np.ndarray, "*maps rows columns"]:
+    """The fewest patches that hold at least the share `mass` (in (0, 1]) of their map's attention.
+
+    Upstream's rule: of the shares in ascending order, those whose cumulative sum is above 1 − `mass`.
+    """
+    flat = np.asarray(attention, np.float64).reshape(*attention.shape[:-2], -1)
+    order = np.argsort(flat, axis=-1, kind="stable")
+    cumulative = np.cumsum(np.take_along_axis(flat, order, -1), axis=-1)
+    mask = np.zeros(flat.shape, bool)
+    np.put_along_axis(mask, order, cumulative > (1 - mass) * cumulative[..., -1:], axis=-1)
+    return mask.reshape(attention.shape)
+
+
+class PcaMap(NamedTuple):
+    """An image's patches as colours in 0–1, black where they are not `foreground`."""
+
+    rgb: Float[np.ndarray, "rows columns 3"]
+    foreground: Bool[np.ndarray, "rows columns"]
+
+
+def pca_maps(
+    features: Sequence[Float[Array | np.ndarray, "_rows _columns dim"]],
+    *,
+    threshold: float | None = 0.5,
+    flip: bool = False,
+) -> list[PcaMap]:
+    """The first three principal components of patch features as red, green and blue, on one basis for all images.
+
+    A first PCA over all patches tells foreground from background: its first component, scaled to 0–1, is above the
+    threshold there. A second one over the foreground gives the colours, each component scaled to 0–1. A component's
+    sign means nothing, so the first is turned to be low along the images' borders, where objects rarely are.
+
+    Args:
+        features: of each image, of any sizes.
+        threshold: in [0, 1); None takes every patch for foreground.
+        flip: take the other side of the first component for foreground.
+    """
+    shapes = [image.shape[:2] for image in features]
+    patches = np.concatenate([np.asarray(image, np.float32).reshape(-1, image.shape[-1]) for image in features])
+    foreground = np.ones(len(patches), bool)
+    if threshold is not None:
+        border = np.concatenate([_border(*shape).ravel() for shape in shapes])
+        first = _principal(patches, 1)[:, 0]
+        inwards = border.all() or first[border].mean() <= first[~border].mean()
+        foreground = _scaled(first if inwards != flip else -first) > threshold
+    rgb = np.zeros((len(patches), 3))
+    rgb[foreground] = _scaled(_principal(patches[foreground], 3))
+    ends = np.cumsum([rows * columns for rows, columns in shapes])[:-1]
+    parts = zip(shapes, np.split(rgb, ends), np.split(foreground, ends))
+    return [PcaMap(colours.reshape(*shape, 3), inside.reshape(shape)) for shape, colours, inside in parts]
+
+
+def patch_similarity(
+    features: Float[Array | np.ndarray, "rows columns dim"], patch: Float[Array | np.ndarray, " dim"]
+) -> Float[np.ndarray, "rows columns"]:
+    """Cosine similarity of every patch of an image to `patch`, which may be of another image."""
+    features, patch = np.asarray(features, np.float64), np.asarray(patch, np.float64)
+    return features @ patch / (np.linalg.norm(features, axis=-1) * np.linalg.norm(patch))
+
+
+def upsample(
+    maps: Shaped[np.ndarray, "*shape"], patch_size: int, *, axes: tuple[int, int] = (-2, -1)
+) -> Shaped[np.ndarray, "*pixels"]:
+    """Every patch as `patch_size` × `patch_size` equal pixels (nearest neighbour); `axes` are rows and columns."""
+    return maps.repeat(patch_size, axes[0]).repeat(patch_size, axes[1])
+
+
+def _principal(x: Float[np.ndarray, "patches dim"], count: int) -> Float[np.ndarray, "patches {count}"]:
+    """Coordinates along the directions of largest variance; each direction's largest loading is positive."""
+    mean = x.mean(axis=0, dtype=np.float64)
+    chunks = np.array_split(x, -(-len(x) // _ROWS))
+    scatter = sum((chunk - mean).T @ (chunk - mean) for chunk in chunks)
+    directions = np.linalg.eigh(scatter)[1][:, : -count - 1 : -1]
+    largest = np.abs(directions).argmax(axis=0)
+    directions *= np.sign(np.take_along_axis(directions, largest[None], 0))
+    return np.concatenate([(chunk - mean) @ directions for chunk in chunks])
+
+
+def _scaled(x: Float[np.ndarray, "patches *components"]) -> Float[np.ndarray, "patches *components"]:
+    """Each component to 0–1; one without any spread to 0.5."""
+    least, spread = x.min(axis=0), np.ptp(x, axis=0)
+    return np.where(spread > 0, (x - least) / np.where(spread > 0, spread, 1), 0.5)
+
+
+def _border(rows: int, columns: int) -> Bool[np.ndarray, "rows columns"]:
+    border = np.ones((rows, columns), bool)
+    border[1:-1, 1:-1] = False
+    return border

@@ -1,0 +1,79 @@
+"""The named recipes of DINO pretraining, for any data set; the commands say which images at which sizes."""
+
+import dataclasses
+
+from dinojax.augment import MultiCropConfig
+from experiments.harness.pretrain_config import PretrainConfig
+
+Scale = tuple[float, float]
+
+
+def recipes(
+    command: str, data: str, *, image_size: int, patch_size: int, scales: tuple[Scale, Scale]
+) -> dict[str, PretrainConfig]:
+    """small, seed, notebook and smoke, by name; the first is the command's default.
+
+    Args:
+        command: the command's name.
+        data: what it learns from unless --data says otherwise.
+        image_size: side of the global crops of `small` and `smoke` in pixels; local crops have half of it.
+        patch_size: likewise, of their patches.
+        scales: likewise, the shares of the image that their global and local crops cover.
+    """
+    # Gani et al. (arXiv 2210.07240) on ViT-Tiny: small patches, few prototypes, their own mean and deviation.
+    small = PretrainConfig(
+        data=data,
+        patch_size=patch_size,
+        prototypes=1_024,
+        norm_last_layer=False,
+        crops=MultiCropConfig(
+            global_size=image_size, local_size=image_size // 2, global_scale=scales[0], local_scale=scales[1]
+        ),
+        own_statistics=True,
+        epochs=200,
+        learning_rate=1e-4,
+        warmup_epochs=30,
+        warmup_teacher_temp=0.04,
+        teacher_temp=0.07,
+        warmup_teacher_temp_epochs=10,
+        command=command,
+        recipe="small",
+    )
+    # As the notebooks report it: ViT-Tiny/16 at 128 px, 65,536 prototypes, everything scheduled.
+    seed = PretrainConfig(
+        data=data,
+        crops=MultiCropConfig(global_size=128, local_size=64),
+        epochs=300,
+        command=command,
+        recipe="seed",
+    )
+    # One notebook's own settings: two local crops, constant momentum and weight decay.
+    notebook = dataclasses.replace(
+        seed,
+        crops=MultiCropConfig(global_size=128, local_size=64, local_crops=2, local_scale=(0.08, 0.4)),
+        learning_rate=1e-4,
+        weight_decay=1e-6,
+        weight_decay_end=1e-6,
+        teacher_momentum_end=0.996,
+        recipe="notebook",
+    )
+    smoke = dataclasses.replace(
+        small,
+        max_train=2_000,
+        max_test=1_000,
+        embed_dim=96,
+        depth=4,
+        head_hidden_dim=256,
+        bottleneck_dim=64,
+        prototypes=256,
+        crops=dataclasses.replace(small.crops, local_crops=2),
+        batch_size=100,
+        epochs=10,
+        learning_rate=1e-3,
+        warmup_epochs=2,
+        teacher_temp=0.04,
+        warmup_teacher_temp_epochs=0,
+        knn_every=5,
+        recipe="smoke",
+    )
+    return {one.recipe: one for one in (small, seed, notebook, smoke)}
