@@ -69,7 +69,7 @@ class WeightNormLinear(nnx.Module):
         self.weight_g = nnx.Param(jnp.ones((out_dim, 1)))
 
     def __call__(self, x: Float[Array, "*batch in_dim"]) -> Float[Array, "*batch out_dim"]:
-        return x @ self.weight().T
+        return (x.reshape(-1, x.shape[-1]) @ self.weight().T).reshape(*x.shape[:-1], -1)
 
     def weight(self) -> Float[Array, "out_dim in_dim"]:
         """The rows at the lengths they have in effect."""
