@@ -22,6 +22,7 @@ from dinojax.errors import UserError, exit_on_user_error
 from experiments.harness.backbones import is_random, load_backbone
 
 if TYPE_CHECKING:
+    from experiments.harness.backbones import Backbone
     from experiments.harness.datasets import Dataset
     from experiments.harness.features import FeatureExtractor
 
@@ -39,7 +40,8 @@ class Config:
     TensorFlow Datasets name such as cifar10, cifar100, stl10."""
     weights: str = "dinov2_vits14"
     """A published checkpoint by its torch.hub name (dino_vits16 … dinov2_vitg14_reg), a .pth or .safetensors file, a
-    folder made by `python -m converters`, "random" (ViT-S/14 that was never trained) or "random:NAME"."""
+    folder made by `python -m converters`, the run folder RUN of a training (its teacher; RUN/student is the student),
+    "random" (ViT-S/14 that was never trained) or "random:NAME"."""
     classifiers: str = "knn,linear"
     """"all", or some of: knn (DINO's weighted cosine votes, k = 20), knn5 (Euclidean majority, k = 5), linear, sweep
     (DINOv2's 52 linear heads, the best refitted), logistic (45 penalties), mlp (384→256→classes, batch 64 in file
@@ -116,11 +118,17 @@ def run(config: Config) -> Result:
         limits = {"max_train": config.max_train, "max_test": config.max_test, "seed": config.seed}
         dataset = load_dataset(config.data, data_dir=config.data_dir, **limits)
         check_labels(names, dataset, config.shots)
-        model = load_backbone(config.weights, seed=config.seed, cache_dir=cache_dir)
-        options = {"dtype": config.dtype, "batch_size": config.batch_size}
-        extractor = FeatureExtractor(model, image_size=config.image_size, cache_dir=cache_dir, **options)
+        backbone = load_backbone(config.weights, seed=config.seed, cache_dir=cache_dir)
+        extractor = FeatureExtractor(
+            backbone.model,
+            normalisation=backbone.normalisation,
+            image_size=config.image_size,
+            cache_dir=cache_dir,
+            dtype=config.dtype,
+            batch_size=config.batch_size,
+        )
         _introduce(config, names, dataset, extractor)
-        metrics, shown = _probe(config, names, dataset, extractor, folder)
+        metrics, shown = _probe(config, names, dataset, backbone, extractor, folder)
         records.write_json(folder / records.METRICS_FILE, {**metrics, "environment": records.environment()})
         records.write_json(folder / records.CONFIG_FILE, dataclasses.asdict(config))
         files = sorted(file.name for file in folder.iterdir())
@@ -151,7 +159,12 @@ def _check(config: Config) -> list[str]:
 
 
 def _probe(
-    config: Config, names: Sequence[str], dataset: "Dataset", extractor: "FeatureExtractor", folder: Path
+    config: Config,
+    names: Sequence[str],
+    dataset: "Dataset",
+    backbone: "Backbone",
+    extractor: "FeatureExtractor",
+    folder: Path,
 ) -> tuple[dict[str, Any], str]:
     """Metrics and the table to print; writes classifiers, predictions and figures."""
     from experiments.harness import report
@@ -172,7 +185,8 @@ def _probe(
         print("drawing the figures", flush=True)
         report.draw(folder, dataset, judged, subject=subject, seed=config.seed)
         report.draw_map(folder, dataset, test, method=config.map, subject=subject, seed=config.seed)
-    save_classifiers(folder, [one.fit.classifier for one in judged.values()], _description(config, dataset, extractor))
+    description = _description(config, dataset, backbone, extractor)
+    save_classifiers(folder, [one.fit.classifier for one in judged.values()], description)
     metrics = {
         "dataset": _describe(dataset),
         "untrained_baseline": is_random(config.weights),
@@ -188,12 +202,15 @@ def _probe(
     return metrics, f"{shown}{'features':23}{features_cost.seconds:53.1f}"
 
 
-def _description(config: Config, dataset: "Dataset", extractor: "FeatureExtractor") -> dict[str, Any]:
+def _description(
+    config: Config, dataset: "Dataset", backbone: "Backbone", extractor: "FeatureExtractor"
+) -> dict[str, Any]:
     """What the classifiers expect; with it `predict` makes the same features of other images."""
-    path = Path(config.weights).expanduser()
+    path = Path(backbone.weights).expanduser()
     return {
         "weights": str(path.resolve()) if path.exists() else config.weights,
         "weights_fingerprint": extractor.fingerprint,
+        "normalisation": backbone.normalisation,
         "seed": config.seed,
         "image_size": config.image_size,
         "dtype": extractor.dtype.name,

@@ -124,9 +124,10 @@ def _features(config: Config, index: Mapping[str, Any], split: "Split") -> np.nd
     from experiments.harness.features import FeatureExtractor
 
     weights, cache_dir = config.weights or index["weights"], config.cache_dir.expanduser()
-    model = load_backbone(weights, seed=index["seed"], cache_dir=cache_dir)
+    backbone = load_backbone(weights, seed=index["seed"], cache_dir=cache_dir)
     extractor = FeatureExtractor(
-        model,
+        backbone.model,
+        normalisation=index["normalisation"],
         image_size=index["image_size"],
         dtype=index["dtype"],
         batch_size=config.batch_size,

@@ -94,6 +94,25 @@ def test_the_saved_head_gives_the_accuracy_that_is_reported(config, weights):
     assert accuracy == pytest.approx(accuracy_of(result, "linear"))
 
 
+def test_a_run_folder_gives_its_teacher_with_the_normalisation_it_was_trained_with(config, tmp_path):
+    own = {"mean": [0.3, 0.5, 0.6], "std": [0.4, 0.2, 0.3], "image_size": 16}
+    shape = ViTConfig(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+    for seed, network in enumerate(("teacher", "student")):
+        model = VisionTransformer(shape, rngs=nnx.Rngs(seed))
+        dinojax.save(model, tmp_path / "training" / network, source=own)
+    result = run(dataclasses.replace(config, weights=str(tmp_path / "training"), figures=False))
+    head = load_file(result.folder / "linear.safetensors")
+    test = load_dataset("digits", max_train=300, max_test=60).test
+    pixels = np.stack([load_square(test, i, 16) for i in range(60)]) / 255
+    teacher = dinojax.load(tmp_path / "training" / "teacher")
+    cls_token = teacher(((pixels - own["mean"]) / own["std"]).astype(np.float32)).cls_token
+    accuracy = np.mean(np.argmax(cls_token @ head["kernel"] + head["bias"], axis=1) == test.labels)
+    assert accuracy == pytest.approx(accuracy_of(result, "linear"))
+    index = json.loads((result.folder / "classifiers.json").read_text())
+    assert index["weights"] == str(tmp_path / "training" / "teacher")
+    assert index["normalisation"] == [own["mean"], own["std"]]
+
+
 def test_the_stored_predictions_give_the_accuracy_that_is_reported(config):
     result = run(dataclasses.replace(config, figures=False))
     for name in ("knn", "linear"):
@@ -195,9 +214,10 @@ def test_random_weights_are_called_an_untrained_baseline(config, capsys):
 
 
 def test_random_weights_follow_the_seed_and_the_name():
-    model = load_backbone("random:dino_vitt16", seed=3, cache_dir=Path("unused"))
-    again = load_backbone("random:dino_vitt16", seed=3, cache_dir=Path("unused"))
-    other = load_backbone("random:dino_vitt16", seed=4, cache_dir=Path("unused"))
+    seeds = (3, 3, 4)
+    drawn = [load_backbone("random:dino_vitt16", seed=seed, cache_dir=Path("unused")) for seed in seeds]
+    model, again, other = (backbone.model for backbone in drawn)
+    assert drawn[0].image_size == 224
     assert model.config == dinojax.VARIANTS["dino_vitt16"]
     leaves = [jax.tree.leaves(nnx.state(m))[-1] for m in (model, again, other)]
     assert (leaves[0] == leaves[1]).all() and not (leaves[0] == leaves[2]).all()
@@ -207,7 +227,7 @@ def test_random_weights_follow_the_seed_and_the_name():
     ("flags", "message"),
     [
         (["--data", "missing/folder"], "--data missing/folder: there is no such folder"),
-        (["--weights", "missing.pth"], "--weights missing.pth: there is no such file"),
+        (["--weights", "missing.pth"], "missing.pth: there is no such file or folder of weights"),
         (["--weights", "random:dino_vitx"], "'dino_vitx' is none of dino_vitt16, "),
         (["--max-train", "5"], "--max-train 5 is less than one image for each of the 10 classes"),
         (["--epochs", "0"], "--epochs 0 is not a positive number"),

@@ -13,9 +13,10 @@ from PIL import Image
 from dinojax import UserError, VisionTransformer, ViTConfig
 from experiments.harness import features as features_module
 from experiments.harness.datasets import Split
-from experiments.harness.features import FeatureExtractor, load_square
+from experiments.harness.features import FeatureExtractor, load_square, squared
 
 SIZE = 28
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +46,13 @@ class Images:
 
 
 def make_extractor(tmp_path, model=None, **options):
-    options = {"image_size": SIZE, "batch_size": 3, "cache_dir": tmp_path, **options}
+    options = {"image_size": SIZE, "batch_size": 3, "cache_dir": tmp_path, "normalisation": IMAGENET, **options}
     return FeatureExtractor(model or make_model(), **options)
 
 
-def normalised(split):
+def normalised(split, mean=IMAGENET[0], std=IMAGENET[1]):
     pixels = np.stack([load_square(split, i, SIZE) for i in range(len(split))]) / 255
-    return ((pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).astype(np.float32)
+    return ((pixels - mean) / std).astype(np.float32)
 
 
 @pytest.mark.parametrize("depth", [2, 5])
@@ -73,6 +74,13 @@ def test_bfloat16_is_close_and_returned_as_float32(tmp_path):
     (half,) = make_extractor(tmp_path, dtype="bfloat16").extract([images.split])
     assert half.dtype == np.float32
     assert 1e-4 < np.abs(half - full).max() < 0.1
+
+
+def test_pixels_are_normalised_as_the_model_expects(tmp_path):
+    model, images, (mean, std) = make_model(), Images(), ([0.5, 0.4, 0.3], [0.3, 0.2, 0.1])
+    (features,) = make_extractor(tmp_path, model, normalisation=(mean, std)).extract([images.split])
+    whole = model(normalised(images.split, mean, std))
+    np.testing.assert_allclose(features[:, features_module.LAST_CLS], whole.cls_token, atol=2e-5)
 
 
 def test_several_splits_and_any_batch_size_give_the_same(tmp_path):
@@ -97,6 +105,19 @@ def test_images_are_resized_and_cut_as_torchvision_does(shape):
     np.testing.assert_array_equal(square, resized[top : top + 28, left : left + 28])
 
 
+@pytest.mark.parametrize("shape", [(40, 71), (71, 40), (20, 20)])
+def test_squares_are_cut_out_of_larger_images_as_torchvision_does(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    split = Split("train", ["0"], np.zeros(1, int), lambda i: pixels, "one")
+    assert squared(split, 28, 28) is split
+    larger = squared(split, 28, 32)
+    height, width = (32 if side == min(shape) else int(32 * side / min(shape)) for side in shape)
+    resized = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+    top, left = round((height - 28) / 2), round((width - 28) / 2)
+    np.testing.assert_array_equal(larger.read(0), resized[top : top + 28, left : left + 28])
+    assert len({split.fingerprint, larger.fingerprint, squared(split, 28, 33).fingerprint}) == 3
+
+
 def test_a_second_call_reads_no_image(tmp_path, capsys):
     images = Images()
     first = make_extractor(tmp_path).extract([images.split])
@@ -115,6 +136,8 @@ def test_a_second_call_reads_no_image(tmp_path, capsys):
         lambda: {"model": make_model(interpolate_offset=0.0)},
         lambda: {"image_size": 42},
         lambda: {"dtype": "bfloat16"},
+        lambda: {"normalisation": (IMAGENET[0], [0.229, 0.224, 0.226])},
+        lambda: {"normalisation": ([0.484, 0.456, 0.406], IMAGENET[1])},
     ],
 )
 def test_other_weights_or_transforms_are_not_taken_from_the_cache(tmp_path, change):

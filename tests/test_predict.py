@@ -151,8 +151,10 @@ def test_a_mistake_is_one_sentence_and_exit_code_two(place, tmp_path, monkeypatc
 
 def test_the_index_says_how_to_make_the_features(place):
     index = json.loads((place / "run" / "classifiers.json").read_text())
-    extractor = FeatureExtractor(dinojax.load(place / "weights"), image_size=16, cache_dir=place / "unused")
+    model, imagenet = dinojax.load(place / "weights"), [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+    extractor = FeatureExtractor(model, normalisation=imagenet, image_size=16, cache_dir=place / "unused")
     assert index["weights_fingerprint"] == extractor.fingerprint
+    assert index["normalisation"] == imagenet
     assert index["weights"] == str((place / "weights").resolve())
     assert index["class_names"] == [f"digit {i}" for i in range(10)]
     assert dataclasses.asdict(cifar10_probe.Config()).keys() >= {"image_size", "dtype"} <= index.keys()

@@ -17,8 +17,8 @@ import dinojax
 from dinojax import UserError, VisionTransformer, ViTConfig, maps
 from experiments import visualize
 from experiments.harness import map_figures
-from experiments.harness.features import IMAGENET_MEAN, IMAGENET_STD
-from experiments.visualize import Config, find_network, find_normalisation
+from experiments.harness.backbones import IMAGENET_MEAN, IMAGENET_STD, find_network, find_normalisation
+from experiments.visualize import Config
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = ViTConfig(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3)

@@ -27,12 +27,9 @@ from tqdm import tqdm
 from dinojax.checkpoint import named_parameters
 from dinojax.errors import UserError
 from dinojax.vit import VisionTransformer
+from experiments.harness.backbones import Normalisation
 from experiments.harness.cache import ShardCache
 from experiments.harness.datasets import Split, digest
-
-# Source: facebookresearch/dino 7c446df `eval_knn.py`, facebookresearch/dinov2 b8931f7 `dinov2/data/transforms.py`.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 LAST_CLS, MEAN_PATCH = -2, -1
 LAST_BLOCKS = 4
@@ -65,6 +62,7 @@ class FeatureExtractor:
 
     Args:
         model: any size; images are resized so that the shorter side has `image_size` px, then cut to a square.
+        normalisation: mean and deviation of the pixels (0–1) that the model expects.
         image_size: pixels.
         dtype: what the model computes in; "auto" is bfloat16 on accelerators and float32 on CPU. Features are float32.
         batch_size: images per pass; None is 8 on CPU and 256 on accelerators.
@@ -78,6 +76,7 @@ class FeatureExtractor:
         self,
         model: VisionTransformer,
         *,
+        normalisation: Normalisation,
         image_size: int,
         cache_dir: Path,
         dtype: Dtype = "auto",
@@ -93,7 +92,8 @@ class FeatureExtractor:
         self._root = cache_dir / "features"
         self.fingerprint = fingerprint(model)
         self.parameters = sum(array.size for array in named_parameters(model).values())
-        self._forward = make_forward(model, self.dtype)
+        self._normalisation = [list(map(float, numbers)) for numbers in normalisation]
+        self._forward = make_forward(model, normalisation, self.dtype)
 
     def cache(self, split: Split) -> ShardCache:
         """Where the features of a split are kept."""
@@ -102,7 +102,8 @@ class FeatureExtractor:
             "weights": self.fingerprint,
             "image_size": self.image_size,
             "dtype": self.dtype.name,
-            "resize": "shorter side, bicubic, antialiased, centre crop, ImageNet mean and deviation",
+            "resize": "shorter side, bicubic, antialiased, centre crop",
+            "mean_and_deviation": self._normalisation,
             "features": "images × (CLS of the last blocks, mean patch of the last) × dim, after the final norm",
             "revision": _REVISION,
         }
@@ -197,18 +198,19 @@ class Forecast:
 
 
 def make_forward(
-    model: VisionTransformer, dtype: np.dtype
+    model: VisionTransformer, normalisation: Normalisation, dtype: np.dtype
 ) -> Callable[[UInt8[np.ndarray, "batch size size 3"]], Float[Array, "batch features dim"]]:
     """uint8 pixels → features (see the top of the file); the parameters are cast to `dtype` once."""
     graphdef, state = nnx.split(model)
     state = jax.tree.map(lambda x: x.astype(dtype), state)
     blocks = min(LAST_BLOCKS, model.config.depth)
+    mean, std = (jnp.asarray(numbers, jnp.float32) for numbers in normalisation)
     # Float32 means float32: accelerators would otherwise multiply in lower precision.
     precision = "highest" if dtype == jnp.float32 else "default"
 
     @jax.jit
     def forward(state, pixels):
-        images = (pixels.astype(jnp.float32) / 255 - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_STD)
+        images = (pixels.astype(jnp.float32) / 255 - mean) / std
         with jax.default_matmul_precision(precision):
             layers = nnx.merge(graphdef, state).get_intermediate_layers(
                 images.astype(dtype), n=blocks, return_class_token=True
@@ -219,12 +221,27 @@ def make_forward(
     return lambda pixels: forward(state, pixels)
 
 
-def load_square(split: Split, index: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Image `index`, its shorter side resized to `size` (bicubic, antialiased), cut to a square around the centre."""
+def squared(split: Split, size: int, resize: int) -> Split:
+    """The same images as `load_square` makes them with `resize`, as a split of its own that is cached on its own."""
+    if resize == size:
+        return split
+    recipe = digest(split.fingerprint, f"shorter side {resize} px bicubic, centre {size} px")
+    return Split(split.name, split.ids, split.labels, lambda i: load_square(split, i, size, resize=resize), recipe)
+
+
+def load_square(split: Split, index: int, size: int, *, resize: int | None = None) -> UInt8[np.ndarray, "size size 3"]:
+    """Image `index`, resized (bicubic, antialiased), the square of `size` px around its centre.
+
+    Args:
+        split: of the image.
+        index: in it.
+        size: pixels.
+        resize: pixels of the shorter side before the cut; None is `size`.
+    """
     pixels = split.read(index)
     height, width = pixels.shape[:2]
-    shorter = min(height, width)
-    resized = int(size * height / shorter), int(size * width / shorter)
+    shorter, target = min(height, width), resize or size
+    resized = int(target * height / shorter), int(target * width / shorter)
     if resized != (height, width):
         pixels = np.asarray(Image.fromarray(pixels).resize(resized[::-1], Image.Resampling.BICUBIC))
     top, left = (round((side - size) / 2) for side in resized)

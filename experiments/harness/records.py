@@ -17,7 +17,8 @@ from typing import Any
 from dinojax.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CONFIG_FILE, METRICS_FILE = "config.json", "metrics.json"
+CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.json", "metrics.json", "result.json"
+TRACES_OF_TRAINING = ("checkpoints", "metrics.jsonl")  # what a training's run folder holds from its start on
 
 
 def default_run_folder(command: str) -> Path:
@@ -32,13 +33,15 @@ def run_folder(path: Path) -> Iterator[Path]:
     Files of an earlier run in `path` are replaced by those of the same name.
 
     Raises:
-        UserError: `path` is a file or a folder that no run made, or cannot be written.
+        UserError: `path` is a file, a folder that no run made or the one of a training, or cannot be written.
     """
     path = path.expanduser()
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; name a folder")
     if path.is_dir() and any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
         raise UserError(f"--out {path} holds other files; name a new folder")
+    if any((path / trace).exists() for trace in TRACES_OF_TRAINING):
+        raise UserError(f"--out {path} is the run folder of a training; name a new folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -60,6 +63,18 @@ def run_folder(path: Path) -> Iterator[Path]:
 def write_json(path: Path, document: Any) -> None:
     """Writes JSON; paths become text."""
     write_whole(path, (json.dumps(document, indent=2, default=str) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); repeat the run that wrote it") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:
