@@ -242,7 +242,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path):
 )
 def test_settings_that_make_no_run_are_refused(changes, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
-        settings(**changes)
+        settings(**changes).check()
 
 
 def test_each_epoch_takes_each_image_at_most_once_and_order_does_not_depend_on_where_one_starts():

@@ -33,7 +33,7 @@ from experiments.harness.pretrain_data import Images, Order, Window, own_statist
 from experiments.harness.pretrain_model import Program, compute_dtype, make_networks, make_program
 from experiments.harness.run_log import RunLog, read_log
 
-RESULT_FILE, CHECKPOINTS, CURVES = "result.json", "checkpoints", "curves.png"
+CHECKPOINTS, CURVES = "checkpoints", "curves.png"
 TEACHER, STUDENT = "teacher", "student"
 
 
@@ -51,10 +51,11 @@ def pretrain(config: PretrainConfig) -> Path:
         UserError: data or settings that cannot be used, a run folder of other settings, no sound checkpoint in it, or
             a loss that is not finite.
     """
+    config.check()
     folder = (config.out or Path("runs", config.command, f"{config.recipe}-seed{config.seed}")).expanduser()
-    if (folder / RESULT_FILE).is_file():
+    if (folder / records.RESULT_FILE).is_file():
         _open_folder(folder, config)
-        print(f"{folder} is finished: see {folder / RESULT_FILE}; name another --out, or --seed, to run anew")
+        print(f"{folder} is finished: see {folder / records.RESULT_FILE}; name another --out, or --seed, to run anew")
         return folder
     limits = {"max_train": config.max_train, "max_test": config.max_test}
     dataset = load_dataset(config.data, data_dir=config.data_dir, **limits)
@@ -182,7 +183,7 @@ class Run:
             "config": dataclasses.asdict(config),
             "environment": records.environment(),
         }
-        records.write_json(self.folder / RESULT_FILE, result)
+        records.write_json(self.folder / records.RESULT_FILE, result)
         shown = ", ".join(f"{name} {100 * accuracy:.2f} %" for name, accuracy in accuracies.items())
         print(f"test k-NN: {shown}\nloss {last['loss']:.4f} (uniform: {result['uniform_loss']:.4f})\n{self.folder}")
 

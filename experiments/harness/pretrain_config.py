@@ -118,7 +118,8 @@ class PretrainConfig:
     recipe: tyro.conf.Suppress[str] = ""
     command: tyro.conf.Suppress[str] = "dino"
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raises a `UserError` for settings that make no run."""
         positive = (
             *("max_train", "max_test", "image_size", "patch_size", "embed_dim", "depth", "num_heads", "prototypes"),
             *("head_hidden_dim", "bottleneck_dim", "epochs", "batch_size", "learning_rate", "warmup_teacher_temp"),

@@ -1,0 +1,165 @@
+"""The DINO training step, and the augmentation alone: dinojax beside PyTorch and Pillow, img/s.
+
+    python -m benchmarks.dino_step            every row (10 rounds; on CPU about 15 minutes)
+    python -m benchmarks.dino_step --quick    5 rounds of fewer and smaller rows, under 3 minutes on 2 cores
+
+A step is: student and teacher on 2 global and 8 local crops, loss, gradients, clipping of each tensor, AdamW, moving
+averages of teacher and center. Both sides begin with the same parameters and see the same random crops, already on the
+device, and each PyTorch variant first proves that its work is ours: loss, norm of the gradients, and what two steps
+make of student, teacher and center (float32); where they differ the command refuses to go on. On CPU both compute in
+float32 with as many threads as there are cores. On a GPU both compute in bfloat16 over float32 parameters, and ours
+runs a second time from raw uint8 images, its augmentation inside the step.
+
+The augmentation rows take raw uint8 images to normalised crops: our compiled program on all cores or the GPU, Pillow
+in one thread. Pillow first repeats crops that ours drew, and they must be equal. TFLOP/s count the products of a
+step, see `StepRow.flops`.
+"""
+
+import dataclasses
+import importlib.metadata
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.dino_work import CPU_STEPS, CROPS, GPU_STEPS, QUICK_STEPS, CropRow, StepRow
+from benchmarks.paired import CONTROL, CONTROL_BOUND, Comparison, Variant, compare, finish, has_gpu
+
+OURS, FROM_PIXELS, PILLOW, EAGER = "dinojax", "dinojax from uint8", "pillow, 1 thread", "torch eager"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The DINO step beside PyTorch, the augmentation beside Pillow; ends in one line of JSON."""
+
+    quick: bool = False
+    """5 rounds of fewer and smaller rows, eager PyTorch only."""
+    rows: tuple[str, ...] = ()
+    """Only rows whose name contains one of these, such as augmentation, 2x128 or "batch 256"."""
+    rounds: int = 10
+    """Rounds of the full run."""
+    out: Path | None = None
+    """Also write the JSON to this file."""
+
+
+def main() -> None:
+    """Parses the command line, runs every row, prints a table of each and a line of JSON."""
+    import tyro
+
+    config = tyro.cli(Config, prog="python -m benchmarks.dino_step", description=__doc__)
+    gpu = has_gpu()
+    rows, ratios = {}, {}
+    for work in _chosen(config, gpu=gpu):
+        found = _measured(work, gpu=gpu, quick=config.quick, rounds=5 if config.quick else config.rounds)
+        rows[work.name] = _summary(work, found)
+        print(_table(work, rows[work.name]), flush=True)
+        ratios[work.name] = rows[work.name]["ratio"]["median"]
+        if gpu and isinstance(work, StepRow):
+            ratios[f"{work.name}, from uint8"] = rows[work.name]["ratio_from_uint8"]["median"]
+    result = {
+        "benchmark": "dino_step",
+        "ratios": ratios,
+        "device": "gpu; steps in bfloat16, other float32 products of PyTorch in TF32" if gpu else "cpu, float32",
+        "pillow": importlib.metadata.version("pillow"),
+        "rows": rows,
+    }
+    finish(result, config.out)
+
+
+def _chosen(config: Config, *, gpu: bool) -> list[StepRow | CropRow]:
+    steps = GPU_STEPS if gpu else QUICK_STEPS if config.quick else CPU_STEPS
+    rows = [*(steps[:1] if config.quick else steps), *(CROPS[:2] if config.quick else CROPS)]
+    chosen = [row for row in rows if not config.rows or any(part in row.name for part in config.rows)]
+    if not chosen:
+        sys.exit(f"no row is called like {' or '.join(config.rows)}; there are: {'; '.join(row.name for row in rows)}")
+    return chosen
+
+
+def _measured(work: StepRow | CropRow, *, gpu: bool, quick: bool, rounds: int) -> list[tuple[str, Comparison]]:
+    """Comparisons with the names of their controls, one for each group of variants that run side by side."""
+    with tempfile.TemporaryDirectory() as folder:
+        return [
+            (control, comparison)
+            for control, variants in _groups(work, {"start": folder}, gpu=gpu, quick=quick)
+            for _, comparison in compare(variants, [work.name], control=control, rounds=rounds, progress=_progress)
+        ]
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _groups(
+    work: StepRow | CropRow, start: dict[str, Any], *, gpu: bool, quick: bool
+) -> list[tuple[str, list[Variant]]]:
+    """The control and the variants of each group; ours first, because it writes what the others begin with."""
+    if isinstance(work, CropRow):
+        pillow = Variant(PILLOW, "benchmarks.pillow_crops:prepare", start)
+        return [(PILLOW, [Variant(OURS, "benchmarks.jax_dino:prepare_crops", start), pillow])]
+    ours = Variant(OURS, "benchmarks.jax_dino:prepare_step", start)
+    from_pixels = Variant(FROM_PIXELS, ours.prepare, start | {"raw": True})
+    modes = ["eager", *([] if quick else ["default", "max-autotune"] if gpu else ["default"])]
+    torch = [
+        Variant(
+            f"torch {'' if mode == 'eager' else 'compile '}{mode}{', cuDNN attention' if cudnn else ''}",
+            "benchmarks.torch_dino:prepare",
+            start | {"mode": mode, "cudnn": cudnn},
+        )
+        for cudnn in ([False, True] if gpu and not quick else [False])
+        for mode in modes
+    ]
+    # A GPU does not hold the memory of all of them at once.
+    return [(OURS, [ours, from_pixels, variant]) for variant in torch] if gpu else [(EAGER, [ours, *torch])]
+
+
+def _summary(work: StepRow | CropRow, found: Sequence[tuple[str, Comparison]]) -> dict[str, Any]:
+    """The numbers of one row; ratios are to the fastest opponent, over the rounds in which it took part."""
+    opponents = {name: pair for pair in found for name in pair[1].seconds if name.startswith(("torch", "pillow"))}
+    baseline = min(opponents, key=lambda name: opponents[name][1].median(name))
+    control_name, best = opponents[baseline]
+    control = best.ratio(CONTROL, control_name)
+    where = {name: comparison for _, comparison in found for name in comparison.seconds} | dict.fromkeys(
+        best.seconds, best
+    )
+    return {
+        "ratio": best.ratio(OURS, baseline),
+        "baseline": baseline,
+        **({"ratio_from_uint8": best.ratio(FROM_PIXELS, baseline)} if FROM_PIXELS in best.seconds else {}),
+        **({"ratio_to_eager": best.ratio(OURS, EAGER)} if EAGER in best.seconds else {}),
+        "control": control,
+        "valid": abs(control["median"] - 1) <= CONTROL_BOUND,
+        "same_work": best.info[baseline]["same_work"],
+        "variants": {name: _numbers(work, c.median(name), c.info[name]) for name, c in where.items()},
+    }
+
+
+def _numbers(work: StepRow | CropRow, seconds: float, info: dict[str, Any]) -> dict[str, Any]:
+    numbers = {"images_per_second": round(work.batch / seconds, 2)}
+    if isinstance(work, StepRow):
+        tflops = work.flops / seconds / 1e12
+        numbers |= {"tflops": round(tflops, 3), "share_of_matmul_rate": round(tflops / info["matmul_tflops"], 2)}
+    return numbers | info
+
+
+def _table(work: StepRow | CropRow, row: dict[str, Any]) -> str:
+    void = "" if row["valid"] else " (VOID: the machine is too noisy)"
+    same = ", ".join(f"{name} {value:g}" for name, value in row["same_work"].items())
+    lines = [
+        f"\n{work.name}: {row['ratio']['median']:.2f}× {row['baseline']}, quartiles {row['ratio']['quartiles']}, "
+        f"control {row['control']['median']:.2f}{void}",
+        f"  same work, differences: {same}",
+        f"  {'variant':38}{'img/s':>10}{'TFLOP/s':>10}{'of matmul':>11}{'compile s':>11}{'peak MiB':>10}",
+    ]
+    for name, numbers in row["variants"].items():
+        rate, share = numbers.get("tflops"), numbers.get("share_of_matmul_rate")
+        products = "".rjust(21) if rate is None else f"{rate:10.2f}{share:11.0%}"
+        peak = numbers.get("gpu_peak_mib", numbers["peak_mib"])
+        lines.append(
+            f"  {name:38}{numbers['images_per_second']:10.1f}{products}{numbers['compile_seconds']:11.1f}{peak:10}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""DINO in a minute: a small vision transformer learns from scans of digits without their labels; no download.
+
+    python -m experiments.demo
+
+It prints the k-NN accuracy of its features on test images before and after, and leaves in runs/demo-dino the networks
+teacher/ and student/, the log, curves.png, and attention.png: what the class token attends to in each head. Take
+runs/demo-dino as weights of the other commands: `python -m experiments.evaluate runs/demo-dino --data digits`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from dinojax.augment import MultiCropConfig
+from dinojax.errors import exit_on_user_error
+from experiments.harness.pretrain_config import PretrainConfig
+
+# In a training of a hundred steps the teacher must follow within them.
+SETTINGS = PretrainConfig(
+    data="digits",
+    patch_size=4,
+    embed_dim=192,
+    depth=2,
+    num_heads=6,
+    drop_path_rate=0.0,
+    prototypes=1024,
+    head_hidden_dim=512,
+    # Digits are not digits mirrored, and have no colours.
+    crops=MultiCropConfig(
+        global_size=16,
+        local_size=8,
+        local_crops=2,
+        global_scale=(0.5, 1.0),
+        local_scale=(0.2, 0.5),
+        flip_probability=0.0,
+        jitter=(0.4, 0.4, 0.0, 0.0),
+        grayscale_probability=0.0,
+        blur_probabilities=(0.5, 0.1, 0.2),
+        blur_radius=(0.1, 1.0),
+        solarize_probability=0.0,
+    ),
+    own_statistics=True,
+    norm_last_layer=False,
+    epochs=10,
+    batch_size=128,
+    warmup_epochs=2,
+    weight_decay_end=0.04,
+    teacher_momentum=0.99,
+    knn_every=0,
+    log_every=11,
+    command="demo",
+    recipe="demo",
+)
+FIGURE = "attention.png"
+_SHOWN, _PIXELS = 6, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """DINO on the bundled digits, about a minute on two cores."""
+
+    epochs: int = SETTINGS.epochs
+    """Passes through the 1,438 training images."""
+    seed: int = 0
+    """Of the weights, the order of the images and their views."""
+    out: Path = Path("runs/demo-dino")
+    """The run folder."""
+
+
+def run(config: Config) -> dict[str, float]:
+    """Trains, draws the figure, and returns the test accuracies (fractions) by network.
+
+    Raises:
+        UserError: a run folder of other settings, or one that cannot be written.
+    """
+    from experiments.harness.pretrain import pretrain
+    from experiments.harness.records import RESULT_FILE
+
+    folder = pretrain(dataclasses.replace(SETTINGS, epochs=config.epochs, seed=config.seed, out=config.out))
+    draw_attention(folder)
+    accuracies = json.loads((folder / RESULT_FILE).read_text())["test_knn_accuracy"]
+    print(
+        f"\nk-NN on test images: {100 * accuracies['random_init']:.1f} % before, {100 * accuracies['teacher']:.1f} % "
+        f"after learning without labels\nattention of the heads: {folder / FIGURE}"
+    )
+    return accuracies
+
+
+def draw_attention(folder: Path) -> None:
+    """What the teacher's heads attend to in a few test images, enlarged."""
+    import jax
+    import numpy as np
+    from PIL import Image
+
+    from dinojax.maps import cls_attention
+    from experiments.harness.attention_grid import save_attention_grid
+    from experiments.harness.backbones import load_backbone
+    from experiments.harness.datasets import load_digits
+
+    backbone, test = load_backbone(str(folder), seed=0, cache_dir=Path()), load_digits().test
+    firsts = [int(np.flatnonzero(test.labels == label)[0]) for label in range(_SHOWN)]
+    enlarged = [Image.fromarray(test.read(i)).resize((_PIXELS, _PIXELS), Image.Resampling.BICUBIC) for i in firsts]
+    images = np.stack([np.asarray(image) for image in enlarged])
+    mean, std = (np.asarray(numbers, np.float32) for numbers in backbone.normalisation)
+    attention = jax.jit(backbone.model.get_last_selfattention)((images / np.float32(255) - mean) / std)
+    side = _PIXELS // backbone.model.config.patch_size
+    heads = np.asarray(cls_attention(attention, side, side))
+    maps = np.concatenate([heads.mean(axis=1, keepdims=True), heads], axis=1)
+    title, note = "Attention of the class token in the last block", "teacher after DINO on the digits; bright is more"
+    save_attention_grid(folder / FIGURE, images, maps, title=title, note=note)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    with exit_on_user_error():
+        run(tyro.cli(Config, args=args, description=__doc__))
+
+
+if __name__ == "__main__":
+    main()
