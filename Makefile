@@ -16,8 +16,9 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: $(INSTALLED)  ## probe the bundled digits from command to figure; no download
+demo: $(INSTALLED)  ## probe the bundled digits, then pretrain on them, from command to figure; no download
 	$(BIN)/python -m experiments.cifar10_probe --data digits --weights random:dino_vitt8 --image-size 64 --epochs 20 --out runs/demo
+	$(BIN)/python -m experiments.demo --out runs/demo-dino
 
 test: $(INSTALLED) lint  ## every test that needs no network and a few minutes
 	$(BIN)/python -m pytest --numprocesses 2 -m 'not network and not slow'
@@ -35,6 +36,7 @@ lint: $(INSTALLED)  ## ruff, format and rules
 bench: $(INSTALLED)  ## the speed tables of the README, ours beside PyTorch
 	$(BIN)/python -m benchmarks.features
 	$(BIN)/python -m benchmarks.probes --quick
+	$(BIN)/python -m benchmarks.dino_step
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -18,7 +18,7 @@ from dinojax.augment import MultiCropConfig
 from dinojax.errors import exit_on_user_error
 from experiments.harness.pretrain_config import PretrainConfig
 
-# In a training of a hundred steps the teacher must follow within them.
+# In a training of so few steps the teacher must follow within them, and be sharp from the first.
 SETTINGS = PretrainConfig(
     data="digits",
     patch_size=4,
@@ -44,11 +44,13 @@ SETTINGS = PretrainConfig(
     ),
     own_statistics=True,
     norm_last_layer=False,
-    epochs=10,
+    epochs=6,
     batch_size=128,
     warmup_epochs=2,
     weight_decay_end=0.04,
     teacher_momentum=0.99,
+    warmup_teacher_temp=0.01,
+    teacher_temp=0.01,
     knn_every=0,
     log_every=11,
     command="demo",

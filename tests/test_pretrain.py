@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,9 @@ def test_stopping_after_minutes_saves(tmp_path, capsys):
     folder = pretrain(settings(out=tmp_path / "run", minutes=1e-9))
     assert "stopped after --minutes at step 2 of 40" in capsys.readouterr().out
     assert final_state(folder).step == 2 and not (folder / "result.json").exists()
+    shutil.rmtree(folder / "checkpoints")  # as if it had been killed before the first one
+    pretrain(settings(out=folder, minutes=1e-9))
+    assert [record["step"] for record in read_log(folder)] == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -299,7 +303,7 @@ def test_a_log_forgets_later_steps_and_a_line_that_was_cut_off(tmp_path):
 
 def test_tensorboard_without_its_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(UserError, match="pip install tensorboardx"):
+    with pytest.raises(UserError, match="--tensorboard needs a package"):
         RunLog(tmp_path, 0, tensorboard=True)
 
 

@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 
-from dinojax.maps import upsample
 from experiments.harness.figures import INK, MUTED, save_figure
 
 _PANEL, _TOP, _HEAD = 1.15, 0.75, 0.25  # inches
@@ -49,4 +48,4 @@ def _draw_row(axes: Sequence, image: np.ndarray, maps: np.ndarray) -> None:
         panel.set_axis_off()
     axes[0].imshow(image, interpolation="nearest")
     for panel, values in zip(axes[1:], maps):
-        panel.imshow(np.asarray(upsample(values, *image.shape[:2])), cmap="magma", vmin=0, vmax=values.max())
+        panel.imshow(values, cmap="magma", vmin=0, vmax=values.max(), interpolation="nearest")

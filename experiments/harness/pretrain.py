@@ -117,7 +117,7 @@ class Run:
         )  # fmt: skip
         with bar, RunLog(self.folder, start, tensorboard=config.tensorboard) as log:
             reporter = Reporter(self, log, bar, collapse)
-            if start == 0 and self.subset:
+            if self.subset and not read_log(self.folder):
                 log.write({"step": 0, "epoch": 0, **self.subset.judge(self.embed, state.teacher["backbone"])})
             for window in windows(start, config.epochs, self.order.steps_per_epoch, config.log_every):
                 parts = []

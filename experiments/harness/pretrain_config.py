@@ -95,7 +95,8 @@ class PretrainConfig:
     accumulation_steps: int = 1
     """Parts of the batch that follow each other: less memory, the same step."""
     remat: bool = False
-    """Compute activations again for the gradient in place of keeping them: less memory, a third more time."""
+    """Compute activations again for the gradient in place of keeping them, for a third more time. On a GPU it saves
+    memory; XLA:CPU keeps them all the same, and accumulation_steps saves it there."""
     prototype_chunk: int | None = None
     """Form the logits so many prototypes at a time: less memory."""
     steps_per_dispatch: int | None = None
@@ -114,7 +115,7 @@ class PretrainConfig:
     minutes: float | None = None
     """Stop after so long, with a checkpoint; the same command goes on."""
     tensorboard: bool = False
-    """Also write TensorBoard's files (pip install tensorboardx)."""
+    """Also write TensorBoard's files (pip install 'dinojax[tensorboard]')."""
     recipe: tyro.conf.Suppress[str] = ""
     command: tyro.conf.Suppress[str] = "dino"
 

@@ -62,5 +62,5 @@ def _board(folder: Path, step: int) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboardx") from error
+        raise UserError("--tensorboard needs a package: pip install 'dinojax[tensorboard]'") from error
     return SummaryWriter(str(folder), purge_step=step)
