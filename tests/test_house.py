@@ -56,6 +56,7 @@ def test_commands_never_import_each_other():
         ["-c", "import converters"],
         ["-m", "experiments.cifar10_probe", "--help"],
         ["-m", "experiments.predict", "--help"],
+        ["-m", "experiments.demo", "--help"],
         ["-m", "experiments.dino_cifar100", "small", "--help"],
         ["-m", "experiments.dino_tinyimagenet", "--help"],
         ["-m", "experiments.visualize", "--help"],

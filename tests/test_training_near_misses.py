@@ -114,7 +114,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("name", [PLAIN, CLIPPING])
+@pytest.mark.parametrize("name", [pytest.param(PLAIN, marks=pytest.mark.slow), CLIPPING])
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_mistake_shows(monkeypatch, mistake, name):
     reference = read(name, BUNDLED)

@@ -1,6 +1,5 @@
 """The figure of the demo: images in rows, beside each the attention of every head."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,7 @@ def save_attention_grid(
     save_figure(figure, path)
 
 
-def _draw_row(axes: Sequence, image: np.ndarray, maps: np.ndarray) -> None:
+def _draw_row(axes: np.ndarray, image: np.ndarray, maps: np.ndarray) -> None:
     for panel in axes:
         panel.set_axis_off()
     axes[0].imshow(image, interpolation="nearest")
