@@ -18,8 +18,8 @@ from converters.pretrained import (
     variant,
 )
 from converters.state_dicts import num_heads_beside, read_state_dict
-from dinojax.checkpoint import is_model_folder, named_parameters
 from dinojax.errors import UserError, exit_on_user_error
+from dinojax.model_files import is_model_folder, named_parameters
 from dinojax.variants import VARIANTS
 from dinojax.vit import VisionTransformer
 

@@ -13,8 +13,8 @@ from converters.download import download, raise_unless_room, sha256_of
 from converters.sources import HOST, SOURCES
 from converters.state_dicts import import_torch, num_heads_beside, read_state_dict
 from converters.torch_to_flax import from_torch
-from dinojax.checkpoint import is_model_folder, load, named_parameters, save
 from dinojax.errors import UserError
+from dinojax.model_files import is_model_folder, load, named_parameters, save
 from dinojax.variants import VARIANTS
 from dinojax.vit import VisionTransformer, ViTConfig
 

@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 
 from converters.layouts import part_of_checkpoint
-from dinojax.checkpoint import abstract_model, raise_unless_same, with_parameters
 from dinojax.errors import UserError
 from dinojax.head import DINOHead
 from dinojax.layers import swiglu_hidden_dim
+from dinojax.model_files import abstract_model, raise_unless_same, with_parameters
 from dinojax.vit import VisionTransformer, ViTConfig
 
 

@@ -1,8 +1,8 @@
 """DINO and DINOv2 in JAX/Flax: models, heads and the method itself, as arrays in and arrays out."""
 
-from dinojax.checkpoint import load, save
 from dinojax.errors import UserError
 from dinojax.head import DINOHead
+from dinojax.model_files import load, save
 from dinojax.variants import VARIANTS
 from dinojax.vit import Features, VisionTransformer, ViTConfig
 

@@ -125,6 +125,48 @@ def make_train_step(
     scalars: loss, teacher_entropy and kl in nats (the loss is the sum of both), center_norm, feature_std, gradient_norm
     before clipping, and clipped_share of the tensors.
     """
+    gradients_of = _make_gradients(
+        model,
+        teacher_temp=teacher_temp,
+        student_temp=student_temp,
+        compute_dtype=compute_dtype,
+        remat=remat,
+        prototype_chunk=prototype_chunk,
+    )
+
+    def train_step(
+        state: TrainState, crops: Sequence[Crops], key: Key[Array, ""] | None = None
+    ) -> tuple[TrainState, Metrics]:
+        gradients, outcome = _averaged_over_parts(gradients_of, accumulation_steps, state, crops, key)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.student)
+        student = optax.apply_updates(state.student, updates)
+        teacher = optax.incremental_update(student, state.teacher, 1 - teacher_momentum(state.step))
+        center = updated_center(state.center, outcome.teacher_logits[None, None], center_momentum)
+        gradient_norm, clipped_share = gradient_norms(gradients, clip_norm)
+        metrics = {
+            "loss": outcome.loss,
+            "teacher_entropy": outcome.teacher_entropy,
+            "kl": outcome.loss - outcome.teacher_entropy,
+            "center_norm": jnp.linalg.norm(center),
+            "feature_std": outcome.feature_std,
+            "gradient_norm": gradient_norm,
+            "clipped_share": clipped_share,
+        }
+        return TrainState(state.step + 1, student, teacher, opt_state, center), metrics
+
+    return train_step
+
+
+def _make_gradients(
+    model: DINO,
+    *,
+    teacher_temp: Schedule,
+    student_temp: float,
+    compute_dtype: DTypeLike | None,
+    remat: bool,
+    prototype_chunk: int | None,
+) -> Callable[[TrainState, Sequence[Crops], Array | None], tuple[PyTree, Outcome]]:
+    """Returns `gradients_of(state, crops, key)`: of the loss of one batch by the student's parameters."""
     graphdef, _ = nnx.split(model, nnx.Param)
 
     def network(parameters: PyTree) -> DINO:
@@ -157,27 +199,7 @@ def make_train_step(
         (loss, (teacher_entropy, logits)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.student)
         return gradients, Outcome(loss, teacher_entropy, logits, feature_std(features[0]))
 
-    def train_step(
-        state: TrainState, crops: Sequence[Crops], key: Key[Array, ""] | None = None
-    ) -> tuple[TrainState, Metrics]:
-        gradients, outcome = _averaged_over_parts(gradients_of, accumulation_steps, state, crops, key)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.student)
-        student = optax.apply_updates(state.student, updates)
-        teacher = optax.incremental_update(student, state.teacher, 1 - teacher_momentum(state.step))
-        center = updated_center(state.center, outcome.teacher_logits[None, None], center_momentum)
-        gradient_norm, clipped_share = gradient_norms(gradients, clip_norm)
-        metrics = {
-            "loss": outcome.loss,
-            "teacher_entropy": outcome.teacher_entropy,
-            "kl": outcome.loss - outcome.teacher_entropy,
-            "center_norm": jnp.linalg.norm(center),
-            "feature_std": outcome.feature_std,
-            "gradient_norm": gradient_norm,
-            "clipped_share": clipped_share,
-        }
-        return TrainState(state.step + 1, student, teacher, opt_state, center), metrics
-
-    return train_step
+    return gradients_of
 
 
 def _averaged_over_parts(

@@ -20,6 +20,7 @@ import tyro
 
 from dinojax.errors import UserError, exit_on_user_error
 from experiments.harness.backbones import is_random, load_backbone
+from experiments.harness.settings import require, require_positive
 
 if TYPE_CHECKING:
     from experiments.harness.backbones import Backbone
@@ -140,13 +141,10 @@ def _check(config: Config) -> list[str]:
     """The classifiers asked for, in their usual order."""
     positive = ("image_size", "max_train", "max_test", "batch_size", "epochs", "probe_batch_size", "mlp_epochs",
                 "sweep_steps", "shots", "learning_rate")  # fmt: skip
-    for name in positive:
-        if (value := getattr(config, name)) is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not a positive number")
+    require_positive(config, positive)
     if config.augment < 0:
         raise UserError(f"--augment {config.augment} is negative; 0 is without augmented views")
-    if not 0 < config.heldout_fraction < 1:
-        raise UserError(f"--heldout-fraction {config.heldout_fraction} is not between 0 and 1")
+    require(0 < config.heldout_fraction < 1, "heldout_fraction", config.heldout_fraction, "between 0 and 1")
     asked = [name.strip() for name in config.classifiers.split(",")]
     if asked == ["all"]:
         return list(NAMES)

@@ -19,6 +19,7 @@ import tyro
 
 from dinojax.errors import UserError, exit_on_user_error
 from experiments.harness.backbones import is_random, load_backbone
+from experiments.harness.settings import require_positive
 
 if TYPE_CHECKING:
     from experiments.harness.classifiers import Prediction
@@ -58,8 +59,7 @@ def run(config: Config) -> dict[str, "Prediction"]:
     from experiments.harness.classifiers import TITLES, load_classifiers, read_index
     from experiments.harness.result_figures import save_answers
 
-    if config.batch_size is not None and config.batch_size < 1:
-        raise UserError(f"--batch-size {config.batch_size} is not a positive number")
+    require_positive(config, ["batch_size"])
     folder = config.run.expanduser()
     index = read_index(folder)
     names = None if config.classifiers == "all" else [name.strip() for name in config.classifiers.split(",")]

@@ -26,6 +26,7 @@ from dinojax import maps
 from dinojax.errors import UserError, exit_on_user_error
 from experiments.harness.backbones import is_random, load_backbone
 from experiments.harness.patch_maps import Mapper, PatchMaps, Picture
+from experiments.harness.settings import require, require_positive
 
 _KINDS = ("attention", "mask", "similarity")
 _PER_PAGE = 24  # images of one pca.png
@@ -105,10 +106,8 @@ def run(config: Config) -> list[Path]:
 def _check(config: Config) -> None:
     if not config.images:
         raise UserError("no images were given; name image files or folders behind the weights")
-    if config.image_size is not None and config.image_size < 1:
-        raise UserError(f"--image-size {config.image_size} is not a positive number")
-    if not 0 <= config.threshold <= 1:
-        raise UserError(f"--threshold {config.threshold} is not between 0 and 1")
+    require_positive(config, ["image_size"])
+    require(0 <= config.threshold <= 1, "threshold", config.threshold, "between 0 and 1")
     if not 0 < config.mass <= 1:
         raise UserError(f"--mass {config.mass} is no share above 0 and up to 1")
     if config.foreground is not None and not 0 <= config.foreground < 1:

@@ -55,7 +55,8 @@ def test_crop_and_resize_without_rounding(size):
         for channel in range(3):
             image = Image.fromarray(PIXELS[index, :, :, channel].astype(np.float32))
             expected = np.asarray(reference.crop_resize(image, box, size))
-            np.testing.assert_allclose(result[:, channel], expected, rtol=0, atol=1e-3)
+            # Sums in float32 of values up to 255: 3.1e-4 measured, twenty units in the last place.
+            np.testing.assert_allclose(result[:, channel], expected, rtol=0, atol=5e-4)
 
 
 @pins_pass_order
@@ -91,7 +92,7 @@ def test_nothing_around_the_crop_shines_through():
     framed = np.full((1, 72, 96, 3), 255, np.uint8)
     framed[:, 20:44, 30:70] = 100
     result = ops.crop_resize(ops.to_planes(jnp.asarray(framed)), jnp.asarray(inside), 64, eight_bit=False)
-    np.testing.assert_allclose(result, 100, atol=1e-3)
+    np.testing.assert_allclose(result, 100, atol=3e-5)
 
 
 def test_flip_mirrors_left_to_right():

@@ -8,7 +8,7 @@ from reference_files import BUNDLED, read
 
 from converters import from_torch
 from dinojax import UserError
-from dinojax.checkpoint import named_parameters
+from dinojax.model_files import named_parameters
 
 REFERENCE = read("dino_v1_tiny", BUNDLED)
 STATE = REFERENCE.group("state")

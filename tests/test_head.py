@@ -12,7 +12,7 @@ from reference_files import BUNDLED, names, read
 import dinojax.head
 from converters import head_from_torch
 from dinojax import DINOHead, UserError
-from dinojax.checkpoint import named_parameters
+from dinojax.model_files import named_parameters
 
 CASES = [(name, case) for name in names("dino_v1_head*") for case in read(name).config["heads"]]
 

@@ -68,6 +68,7 @@ def test_the_interval_is_that_of_images_drawn_with_replacement():
         ("macro_f1", lambda t, p: f1_score(t, p, average="macro")),
     ):
         expected = np.percentile([score(labels[i], classes[i]) for i in drawn], (2.5, 97.5))
+        # Two bootstraps of 400 images, each image 0.0025: 0.005 measured.
         np.testing.assert_allclose(found[name], expected, atol=0.01)
 
 

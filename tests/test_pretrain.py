@@ -235,12 +235,12 @@ def test_images_of_several_sizes_need_a_size(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"epochs": 0}, "--epochs is 0; it must be above 0"),
-        ({"teacher_momentum": 1.5}, "--teacher-momentum is 1.5; it must be between 0 and 1"),
-        ({"patch_size": 10}, "--patch-size is 10; it must be at most the crops' 8 px"),
-        ({"prototype_chunk": 5}, "--prototype-chunk is 5; it must be a divisor of 16"),
-        ({"warmup_epochs": 9}, "--warmup-epochs is 9; it must be 0 to 8 epochs"),
-        ({"crops": MultiCropConfig(global_crops=1, local_crops=0)}, "--crops.global-crops is 1; it must be 2"),
+        ({"epochs": 0}, "--epochs 0 is not a positive number"),
+        ({"teacher_momentum": 1.5}, "--teacher-momentum 1.5 is not between 0 and 1"),
+        ({"patch_size": 10}, "--patch-size 10 is not at most the crops' 8 px"),
+        ({"prototype_chunk": 5}, "--prototype-chunk 5 is not a divisor of 16"),
+        ({"warmup_epochs": 9}, "--warmup-epochs 9 is not 0 to 8 epochs"),
+        ({"crops": MultiCropConfig(global_crops=1, local_crops=0)}, "--crops.global-crops 1 is not 2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -19,7 +19,7 @@ from tiny_weights import TINY_V2, assert_holds, official_state, torch_bytes
 from converters import download, pretrained
 from converters.sources import SOURCES, Source
 from dinojax import VARIANTS, UserError
-from dinojax.checkpoint import abstract_model
+from dinojax.model_files import abstract_model
 
 pytest.importorskip("torch")
 

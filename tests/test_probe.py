@@ -84,7 +84,8 @@ def test_linear_probe_does_not_see_the_scale_of_the_features(blobs):
         head, *_ = probe.fit_linear(x[:800], labels[:800], x[800:1000], labels[800:1000], **options)
         return np.asarray(probe.linear_logits(head, x[1000:]))
 
-    np.testing.assert_allclose(predict(features), predict(features * factors + shift), atol=2e-3)
+    # float32 standardises with rounding errors; 1.5e-5 measured in logits of size one.
+    np.testing.assert_allclose(predict(features), predict(features * factors + shift), atol=1e-4)
 
 
 def test_a_constant_feature_and_a_set_smaller_than_a_batch_are_no_trouble():

@@ -10,8 +10,8 @@ from flax import nnx
 
 import dinojax.vit
 from dinojax import VARIANTS, DINOHead, VisionTransformer, ViTConfig
-from dinojax.checkpoint import abstract_model, named_parameters
 from dinojax.layers import drop_path
+from dinojax.model_files import abstract_model, named_parameters
 
 SMALL = ViTConfig(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2)
 V2 = dataclasses.replace(SMALL, init_values=0.5, num_register_tokens=2, family=None)
@@ -126,8 +126,9 @@ def test_the_model_computes_in_the_dtype_of_its_parameters():
 
 def test_initial_values_are_upstreams():
     params = named_parameters(model(ViTConfig(embed_dim=192, num_heads=3, depth=2)))
-    assert np.std(params["blocks.1.mlp.fc1.kernel"]) == pytest.approx(0.02, rel=0.02)
-    assert np.std(params["pos_embed"]) == pytest.approx(0.02, rel=0.02)
+    for name in ("blocks.1.mlp.fc1.kernel", "pos_embed"):
+        sampling_error = (2 * params[name].size) ** -0.5  # relative, of a deviation of so many normal numbers
+        assert np.std(params[name]) == pytest.approx(0.02, rel=4 * sampling_error)
     assert not params["blocks.0.attn.qkv.bias"].any()
     bound = (3 * 16 * 16) ** -0.5
     assert np.abs(params["patch_embed.proj.kernel"]).max() == pytest.approx(bound, rel=1e-3)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from dinojax import VARIANTS, UserError, VisionTransformer
-from dinojax.checkpoint import CONFIG_FILE, is_model_folder
+from dinojax.model_files import CONFIG_FILE, is_model_folder
 from experiments.harness.records import TRACES_OF_TRAINING
 
 # Source: facebookresearch/dino 7c446df `eval_knn.py`, facebookresearch/dinov2 b8931f7 `dinov2/data/transforms.py`.

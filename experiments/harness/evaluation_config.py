@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from dinojax.errors import UserError
+from experiments.harness.settings import require, require_positive
 
 CLASSIFIERS = ("knn", "knn5", "sweep", "crops", "few_shot")
 
@@ -74,11 +75,8 @@ class EvaluationConfig:
         """Raises a `UserError` for settings that nothing can be evaluated with."""
         positive = ("image_size", "resize", "max_train", "max_test", "batch_size", "epochs", "learning_rate",
                     "probe_batch_size", "sweep_steps", "shots", "draws")  # fmt: skip
-        for name in positive:
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"--{name.replace('_', '-')} {value} is not a positive number")
-        if not 0 < self.heldout_fraction < 1:
-            raise UserError(f"--heldout-fraction {self.heldout_fraction} is not between 0 and 1")
+        require_positive(self, positive)
+        require(0 < self.heldout_fraction < 1, "heldout_fraction", self.heldout_fraction, "between 0 and 1")
         for name in self.names:
             if name not in CLASSIFIERS:
                 close = difflib.get_close_matches(name, CLASSIFIERS, n=1)

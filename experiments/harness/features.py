@@ -24,8 +24,8 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from dinojax.checkpoint import named_parameters
 from dinojax.errors import UserError
+from dinojax.model_files import named_parameters
 from dinojax.vit import VisionTransformer
 from experiments.harness.backbones import Normalisation
 from experiments.harness.cache import ShardCache

@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from dinojax.augment import MultiCropConfig
-from dinojax.errors import UserError
+from experiments.harness.settings import require, require_positive
 
 # Settings that do not change what is learnt: a run goes on under other values of these.
 FREE = {"out", "data_dir", "minutes", "log_every", "checkpoint_minutes", "keep", "tensorboard", "steps_per_dispatch"}
@@ -127,26 +127,19 @@ class PretrainConfig:
             *("teacher_temp", "student_temp", "accumulation_steps", "prototype_chunk", "steps_per_dispatch"),
             *("knn_images", "log_every", "checkpoint_minutes", "keep", "minutes"),
         )
-        for name in positive:
-            value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "above 0")
+        require_positive(self, positive)
         for name in ("min_lr", "weight_decay", "weight_decay_end", "clip_norm", "freeze_last_layer", "knn_every"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("teacher_momentum", "teacher_momentum_end", "center_momentum"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
-        _require(0 <= self.drop_path_rate < 1, "drop_path_rate", self.drop_path_rate, "0 or more and below 1")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+        require(0 <= self.drop_path_rate < 1, "drop_path_rate", self.drop_path_rate, "0 or more and below 1")
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-            _require(0 <= getattr(self, name) <= self.epochs, name, getattr(self, name), f"0 to {self.epochs} epochs")
-        _require(self.embed_dim % self.num_heads == 0, "embed_dim", self.embed_dim, f"a multiple of {self.num_heads}")
+            require(0 <= getattr(self, name) <= self.epochs, name, getattr(self, name), f"0 to {self.epochs} epochs")
+        require(self.embed_dim % self.num_heads == 0, "embed_dim", self.embed_dim, f"a multiple of {self.num_heads}")
         parts, chunk = self.accumulation_steps, self.prototype_chunk
-        _require(self.batch_size % parts == 0, "accumulation_steps", parts, f"a divisor of {self.batch_size}")
-        _require(not chunk or self.prototypes % chunk == 0, "prototype_chunk", chunk, f"a divisor of {self.prototypes}")
+        require(self.batch_size % parts == 0, "accumulation_steps", parts, f"a divisor of {self.batch_size}")
+        require(not chunk or self.prototypes % chunk == 0, "prototype_chunk", chunk, f"a divisor of {self.prototypes}")
         sizes = [self.crops.global_size] + [self.crops.local_size] * (self.crops.local_crops > 0)
-        _require(min(sizes) >= self.patch_size, "patch_size", self.patch_size, f"at most the crops' {min(sizes)} px")
+        require(min(sizes) >= self.patch_size, "patch_size", self.patch_size, f"at most the crops' {min(sizes)} px")
         crops = self.crops.global_crops + self.crops.local_crops
-        _require(crops > 1, "crops.global_crops", self.crops.global_crops, "2 where there are no local crops")
-
-
-def _require(holds: bool, name: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {wanted}")
+        require(crops > 1, "crops.global_crops", self.crops.global_crops, "2 where there are no local crops")

@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from dinojax.errors import UserError
 from dinojax.train import Batches
@@ -40,10 +39,8 @@ def read_images(split: Split, image_size: int | None, *, indices: Int[np.ndarray
             raise UserError(f"{split.ids[indices[row]]}: the images have several sizes ({sizes} px); give --image-size")
         images[row] = pixels
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = pool.map(decode, range(len(indices)))
-        for _ in tqdm(done, f"{split.name} images", len(indices), unit="img", dynamic_ncols=True, leave=False):
-            pass
+    bar = {"desc": f"{split.name} images", "unit": "img", "dynamic_ncols": True, "leave": False}
+    thread_map(decode, range(len(indices)), max_workers=os.cpu_count(), **bar)
     return images
 
 

@@ -2,11 +2,10 @@
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from experiments.harness.datasets import Split
 from experiments.harness.features import load_square
@@ -31,7 +30,5 @@ class RawPixels:
             split, i, array = place
             array[i] = load_square(split, i, self.image_size).ravel() / np.float32(255)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in tqdm(pool.map(read, places), "pixels", len(places), unit="img", dynamic_ncols=True):
-                pass
+        thread_map(read, places, max_workers=os.cpu_count(), desc="pixels", unit="img", dynamic_ncols=True)
         return arrays

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from dinojax.checkpoint import CONFIG_FILE, abstract_model
 from dinojax.errors import UserError
+from dinojax.model_files import CONFIG_FILE, abstract_model
 from dinojax.vit import ViTConfig
 from experiments.harness.pretrain_config import FREE
 from experiments.harness.records import RESULT_FILE, TRACES_OF_TRAINING, read_json
