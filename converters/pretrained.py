@@ -14,7 +14,7 @@ from converters.sources import HOST, SOURCES
 from converters.state_dicts import import_torch, num_heads_beside, read_state_dict
 from converters.torch_to_flax import from_torch
 from dinojax.errors import UserError
-from dinojax.model_files import is_model_folder, load, named_parameters, save
+from dinojax.model_files import is_model_folder, load, named_parameters, save, shipped_folder
 from dinojax.variants import VARIANTS
 from dinojax.vit import VisionTransformer, ViTConfig
 
@@ -24,7 +24,7 @@ _SHOWN_DIFFERENCES = 4
 def load_pretrained(
     name: str, *, weights: str | Path | None = None, cache_dir: str | Path | None = None
 ) -> VisionTransformer:
-    """A published model by its torch.hub name, such as "dinov2_vits14".
+    """A published model by its torch.hub name, such as "dinov2_vits14", or "dinojax_vitt", which is in the package.
 
     The first call downloads the official file, converts it and keeps the result; later ones read that, without torch
     and without the network.
@@ -45,7 +45,7 @@ def load_pretrained(
         model = read_model(weights)
         raise_unless_architecture(model, name, str(weights))
         return model
-    folder = model_folder(name, cache_dir)
+    folder = shipped_folder(name) or model_folder(name, cache_dir)
     if folder.exists():
         return _load_cached(folder, name)
     file, _, model = fetch_converted(name, cache_dir)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import safetensors
 from flax import nnx
+from jaxtyping import DTypeLike
 from safetensors.numpy import save_file
 
 from dinojax.errors import UserError
@@ -19,6 +20,7 @@ from dinojax.vit import VisionTransformer, ViTConfig
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+SHIPPED = ("dinojax_vitt",)
 _KIND = "VisionTransformer"
 
 
@@ -53,13 +55,24 @@ def raise_unless_same(expected: Mapping[str, tuple[int, ...]], given: Mapping[st
         raise UserError(f"these weights do not fit the model in {len(problems)} places: " + "; ".join(problems))
 
 
-def save(model: VisionTransformer, path: str | Path, *, source: Mapping[str, object] | None = None) -> Path:
+def save(
+    model: VisionTransformer,
+    path: str | Path,
+    *,
+    source: Mapping[str, object] | None = None,
+    dtype: DTypeLike | None = None,
+) -> Path:
     """Writes a model to the folder `path`, whole or not at all.
 
     Args:
-        model: its parameters are stored in the dtype they have.
+        model: any size.
         path: a folder that does not exist yet, or one that an earlier `save` made, which is replaced.
         source: where the weights come from; JSON values, kept beside the configuration.
+        dtype: what the parameters are stored in; None is the dtype they have. float16 halves the file, and `load`
+            makes float32 of it.
+
+    Raises:
+        UserError: the folder holds something else, cannot be written, or a parameter is too large for `dtype`.
     """
     path = Path(path)
     if path.exists() and not is_model_folder(path):
@@ -67,7 +80,7 @@ def save(model: VisionTransformer, path: str | Path, *, source: Mapping[str, obj
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        arrays = {name: np.asarray(array) for name, array in named_parameters(model).items()}
+        arrays = {name: _stored(name, array, dtype) for name, array in named_parameters(model).items()}
         save_file(arrays, partial / WEIGHTS_FILE)
         document = {
             "model": _KIND,
@@ -96,7 +109,7 @@ def is_model_folder(path: str | Path) -> bool:
 
 
 def load(path: str | Path) -> VisionTransformer:
-    """Reads a model that `save` wrote; needs neither torch nor the network.
+    """Reads a model that `save` wrote; needs neither torch nor the network. float16 becomes float32.
 
     Raises:
         UserError: no such folder, damaged files (the stored SHA-256 is checked), or arrays that do not fit.
@@ -115,12 +128,27 @@ def load(path: str | Path) -> VisionTransformer:
         raise UserError(f"{weights} is damaged (its SHA-256 is not the stored {digest[:12]}…); convert it again")
     with safetensors.safe_open(weights, "numpy") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    arrays = {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in arrays.items()}
     return with_parameters(abstract_model(model_config), arrays)
 
 
 def abstract_model(config: ViTConfig) -> VisionTransformer:
     """A model of shapes only: nothing is drawn or stored."""
     return nnx.eval_shape(lambda: VisionTransformer(config, rngs=nnx.Rngs(0)))
+
+
+def shipped_folder(name: str) -> Path | None:
+    """The folder of a model that comes with the package; None where none has that name."""
+    folder = Path(__file__).parent / "assets" / name
+    return folder if name in SHIPPED else None
+
+
+def _stored(name: str, array: jax.Array, dtype: DTypeLike | None) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        stored = np.asarray(array).astype(dtype or array.dtype)
+    if not np.isfinite(stored).all() and np.isfinite(array).all():
+        raise UserError(f"{name} holds values that {np.dtype(stored.dtype)} cannot; store the model in float32")
+    return stored
 
 
 def _dotted(path: tuple[object, ...]) -> str:

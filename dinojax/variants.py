@@ -1,7 +1,8 @@
 """The published models as data: torch.hub name → `ViTConfig`.
 
 Source: facebookresearch/dino 7c446df `hubconf.py`, facebookresearch/dinov2 b8931f7 `dinov2/hub/backbones.py`. The
-ViT-Tiny entries are upstream's `vit_tiny`, for which no weights were published.
+ViT-Tiny entries are upstream's `vit_tiny`, for which no weights were published. `dinojax_vitt` is this project's own
+and comes with it (`dinojax/assets`).
 """
 
 from types import MappingProxyType
@@ -28,4 +29,5 @@ VARIANTS: MappingProxyType[str, ViTConfig] = MappingProxyType(
     {f"dino_vit{size}{patch}": ViTConfig(patch_size=patch, **_WIDTHS[size]) for size in "tsb" for patch in (16, 8)}
     | {f"dinov2_vit{size}14": _dinov2(size, registers=False) for size in "sblg"}
     | {f"dinov2_vit{size}14_reg": _dinov2(size, registers=True) for size in "sblg"}
+    | {"dinojax_vitt": ViTConfig(img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4)}
 )

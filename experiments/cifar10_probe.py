@@ -40,7 +40,8 @@ class Config:
     (also training, val, validation), tiny_imagenet (extracted, zipped or downloaded) or its extracted folder, or a
     TensorFlow Datasets name such as cifar10, cifar100, stl10."""
     weights: str = "dinov2_vits14"
-    """A published checkpoint by its torch.hub name (dino_vits16 … dinov2_vitg14_reg), a .pth or .safetensors file, a
+    """A published checkpoint by its torch.hub name (dino_vits16 … dinov2_vitg14_reg), dinojax_vitt (a small one trained
+    on CIFAR-10, inside the package: no download), a .pth or .safetensors file, a
     folder made by `python -m converters`, the run folder RUN of a training (its teacher; RUN/student is the student),
     "random" (ViT-S/14 that was never trained) or "random:NAME"."""
     classifiers: str = "knn,linear"

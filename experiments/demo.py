@@ -52,6 +52,7 @@ SETTINGS = PretrainConfig(
     warmup_teacher_temp=0.01,
     teacher_temp=0.01,
     knn_every=0,
+    evaluate=False,
     log_every=11,
     command="demo",
     recipe="demo",

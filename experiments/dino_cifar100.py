@@ -4,6 +4,7 @@
     python -m experiments.dino_cifar100 seed                  ViT-Tiny/16 at 128 px, as in the work this repeats
     python -m experiments.dino_cifar100 notebook              the same with that notebook's own settings
     python -m experiments.dino_cifar100 smoke --data digits   minutes on two cores, no download
+    python -m experiments.dino_cifar100 cpu --data cifar10    an hour or two on two cores
     python -m experiments.dino_cifar100 small --data cifar10 --epochs 100 --seed 1
 
 Interrupted in whatever way, the same command goes on from its last checkpoint. The run folder gets the networks

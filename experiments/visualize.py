@@ -6,7 +6,8 @@
 
 The output folder gets, for each image: NAME_attention.png (how much the class token attends to each patch in the last
 block, in every head), NAME_mask.png (the patches above --threshold, and those that hold the share --mass of the
-attention) and NAME_similarity.png (how alike every patch is to the one at --point); for all images together pca.png
+attention) and NAME_similarity.png (how alike every patch is to the one at --point, or to the one
+you --click on); for all images together pca.png
 (the main components of their patches as colours, on one basis: the same colour is the same content); and config.json.
 Images of any size and shape are taken as they are, or resized with --image-size; what the patch size does not divide
 is cut off on the right and below. In a folder, which is searched at any depth, files that are no readable images are
@@ -38,7 +39,8 @@ class Config:
     """Attention, masks, patch PCA and patch similarity of images; see the top of this file."""
 
     weights: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
-    """A published checkpoint by its torch.hub name (dino_vits16 … dinov2_vitg14_reg), a .pth or .safetensors file, a
+    """A published checkpoint by its torch.hub name (dino_vits16 … dinov2_vitg14_reg), dinojax_vitt (a small one trained
+    on CIFAR-10, inside the package: no download), a .pth or .safetensors file, a
     folder made by `python -m converters`, the run folder of a training, or "random:NAME" (never trained)."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES…")]
     """JPEG, PNG, WebP … files, or folders of them."""
@@ -52,6 +54,8 @@ class Config:
     """Of the second mask: the share of a head's attention that the kept patches hold, above 0 and up to 1."""
     point: tuple[int, int] | None = None
     """X Y in pixels of the image as it is shown (NAME_similarity.png numbers them). Default: the centre."""
+    click: bool = False
+    """Show each image in a window and take the point that is clicked on; needs a display."""
     foreground: float | None = 0.5
     """In pca.png, patches whose first component, scaled to 0–1 over all images, is not above this are black; None
     keeps all patches."""
@@ -88,14 +92,15 @@ def run(config: Config) -> list[Path]:
         backbone = load_backbone(config.weights, network=config.network, seed=config.seed, cache_dir=cache_dir)
         pictures = _pictures(shapes, config, backbone.model.config.patch_size)
         mapper = Mapper(backbone.model, backbone.normalisation, config.dtype)
+        points = [_point(picture, config) for picture in pictures]
         mapper.prepare(max(pictures, key=lambda picture: picture.size[0] * picture.size[1]))
         about = "/".join(Path(backbone.weights).parts[-3:]) + (" (UNTRAINED)" if is_random(config.weights) else "")
         bar = {"unit": "img", "dynamic_ncols": True}
         found = [mapper(picture) for picture in tqdm(pictures, desc="model", **bar)]
         features = [one.features for one in found]
         colours = maps.pca_maps(features, threshold=config.foreground, flip=config.flip_foreground)
-        for picture, one, pca in zip(tqdm(pictures, desc="figures", **bar), found, colours):
-            _draw(folder, picture, one, pca, config, about)
+        for picture, point, one, pca in zip(tqdm(pictures, desc="figures", **bar), points, found, colours):
+            _draw(folder, picture, point, one, pca, config, about)
         _draw_pca(folder, pictures, colours, config, about)
         records.write_json(folder / records.CONFIG_FILE, dataclasses.asdict(config))
         files = sorted(file.name for file in folder.iterdir())
@@ -110,6 +115,8 @@ def _check(config: Config) -> None:
     require(0 <= config.threshold <= 1, "threshold", config.threshold, "between 0 and 1")
     if not 0 < config.mass <= 1:
         raise UserError(f"--mass {config.mass} is no share above 0 and up to 1")
+    if config.click and config.point:
+        raise UserError(f"--click and --point {config.point[0]} {config.point[1]} both name a point; give one")
     if config.foreground is not None and not 0 <= config.foreground < 1:
         raise UserError(f"--foreground {config.foreground} is not between 0 and 1 (1 itself would leave no patch)")
 
@@ -159,13 +166,31 @@ def _pictures(shapes: Sequence[tuple[Path, tuple[int, int]]], config: Config, pa
     return pictures
 
 
-def _draw(folder: Path, picture: Picture, found: PatchMaps, pca: maps.PcaMap, config: Config, about: str) -> None:
+def _point(picture: Picture, config: Config) -> tuple[int, int]:
+    """x and y of the patch that others are compared with."""
+    if config.click:
+        from experiments.harness.clicking import clicked_point
+
+        return clicked_point(picture.read(), f"{picture.file.name}: click on what to compare with")
+    height, width = picture.size
+    return config.point or (width // 2, height // 2)
+
+
+def _draw(
+    folder: Path,
+    picture: Picture,
+    point: tuple[int, int],
+    found: PatchMaps,
+    pca: maps.PcaMap,
+    config: Config,
+    about: str,
+) -> None:
     """The three figures of an image, and its arrays where they are asked for."""
     from experiments.harness import map_figures
 
     height, width = picture.size
     rows, columns = found.features.shape[:2]
-    x, y = config.point or (width // 2, height // 2)
+    x, y = point
     similarity = maps.patch_similarity(found.features, found.features[y * rows // height, x * columns // width])
     score, mass = maps.score_mask(found.attention, config.threshold), maps.mass_mask(found.attention, config.mass)
     pixels, note = picture.read(), f"{about}, {width}×{height} px, {columns}×{rows} patches"

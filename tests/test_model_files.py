@@ -28,6 +28,21 @@ def test_a_model_comes_back_as_it_was(model, tmp_path):
     assert json.loads((tmp_path / "model" / "config.json").read_text())["source"] == {"name": "test"}
 
 
+def test_float16_is_for_storage(model, tmp_path):
+    """Half the bytes; read as float32, each number the nearest of float16."""
+    whole, half = save(model, tmp_path / "whole"), save(model, tmp_path / "half", dtype=np.float16)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (whole, half)]
+    assert sizes[1] < 0.55 * sizes[0]
+    loaded, expected = named_parameters(load(half)), named_parameters(model)
+    for name, array in expected.items():
+        assert loaded[name].dtype == np.float32
+        np.testing.assert_array_equal(loaded[name], np.asarray(array).astype(np.float16).astype(np.float32))
+    model.norm.bias[...] = model.norm.bias[...] + 1e5
+    with pytest.raises(UserError, match=r"norm\.bias holds values that float16 cannot"):
+        save(model, tmp_path / "large", dtype=np.float16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half", "whole"]
+
+
 def test_saving_again_replaces(model, tmp_path):
     save(model, tmp_path / "model")
     other = VisionTransformer(CONFIG, rngs=nnx.Rngs(1))

@@ -149,6 +149,17 @@ def test_a_mistake_is_one_sentence_and_exit_code_two(place, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
+def test_classifiers_of_an_earlier_version_are_named(place, tmp_path):
+    """They were kept without the mean and deviation of their images."""
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    index = json.loads((run / "classifiers.json").read_text())
+    del index["normalisation"]
+    (run / "classifiers.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"classifiers\.json is of an earlier version.*repeat that run"):
+        predict.run(config(place, next((place / "data" / "test").rglob("*.png")), run=run, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_index_says_how_to_make_the_features(place):
     index = json.loads((place / "run" / "classifiers.json").read_text())
     model, imagenet = dinojax.load(place / "weights"), [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]

@@ -37,7 +37,7 @@ FLAGS = {
     "embed_dim": 16, "depth": 1, "num_heads": 2, "prototypes": 16, "head_hidden_dim": 16, "bottleneck_dim": 8,
     "warmup_epochs": 1, "knn_every": 4, "log_every": 2, "checkpoint_minutes": 1e-6,
 }  # fmt: skip
-TINY = PretrainConfig(crops=MultiCropConfig(global_size=12, local_size=8, local_crops=1), **FLAGS)
+TINY = PretrainConfig(crops=MultiCropConfig(global_size=12, local_size=8, local_crops=1), evaluate=False, **FLAGS)
 
 
 def settings(**changes):
@@ -61,7 +61,7 @@ def uninterrupted(tmp_path_factory):
 
 def start(folder):
     flags = [word for name, value in FLAGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    crops = ["--crops.global-size", "12", "--crops.local-size", "8", "--crops.local-crops", "1"]
+    crops = ["--crops.global-size", "12", "--crops.local-size", "8", "--crops.local-crops", "1", "--no-evaluate"]
     code = (
         "import sys; from experiments.harness.pretrain import main; "
         "from experiments.harness.pretrain_config import PretrainConfig; "
@@ -105,6 +105,22 @@ def test_a_run_stopped_then_killed_equals_the_uninterrupted_one_bit_for_bit(unin
         assert all(np.array_equal(arrays[key], others[key]) for key in arrays)
     results = [json.loads((run / "result.json").read_text()) for run in (folder, uninterrupted)]
     assert results[0]["test_knn_accuracy"] == results[1]["test_knn_accuracy"]
+
+
+def test_the_evaluation_follows_the_training_and_is_made_up_for(uninterrupted, tmp_path, capsys):
+    """As `experiments.evaluate` would judge the run; what the images do not allow is left out with a sentence."""
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)  # a run that was interrupted before its evaluation
+    config = settings(out=folder, evaluate=True, cache_dir=tmp_path / "cache")
+    pretrain(config)
+    result = json.loads((folder / "evaluation" / "result.json").read_text())
+    assert list(result["networks"]) == ["teacher", "student", "untrained"]
+    assert {row["probe"] for row in result["rows"]} >= {"knn_20", "knn5", "linear_crops", "5_shot_linear"}
+    shown = (folder / "evaluation" / "result.json").stat().st_mtime_ns
+    capsys.readouterr()
+    pretrain(config)
+    assert "is finished" in capsys.readouterr().out
+    assert (folder / "evaluation" / "result.json").stat().st_mtime_ns == shown
 
 
 def test_however_many_steps_a_dispatch_the_run_is_the_same(uninterrupted, tmp_path):

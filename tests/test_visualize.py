@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
+from matplotlib.backend_bases import MouseEvent
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 import dinojax
@@ -18,6 +20,7 @@ from dinojax import UserError, VisionTransformer, ViTConfig, maps
 from experiments import visualize
 from experiments.harness import map_figures
 from experiments.harness.backbones import IMAGENET_MEAN, IMAGENET_STD, find_network, find_normalisation
+from experiments.harness.clicking import await_click
 from experiments.visualize import Config
 
 REPOSITORY = Path(__file__).parents[1]
@@ -247,3 +250,22 @@ def test_help_teaches_and_loads_nothing_heavy():
     assert "loaded: []" in done.stdout
     for word in ("RUN_OR_WEIGHTS", "IMAGES", "--threshold", "--mass", "--point", "--network", "photo.jpg"):
         assert word in done.stdout
+
+
+def test_a_click_names_the_point(monkeypatch):
+    """What a mouse does to a window, done to a canvas without one."""
+    pixels, figure = np.asarray(picture(20, 30)), Figure()
+    canvas = FigureCanvasAgg(figure)
+
+    def click_on(x, y):
+        where = figure.axes[0].transData.transform((x, y))
+        MouseEvent("button_press_event", canvas, *where, button=1)._process()
+
+    monkeypatch.setattr(canvas, "flush_events", lambda: click_on(21.3, 6.8))
+    assert await_click(figure, pixels, "a picture") == (21, 7)
+
+
+def test_without_a_display_there_is_no_click(place):
+    with pytest.raises(UserError, match=r"--click needs a display.*--point X Y"):
+        visualize.run(config(place, place / "images" / "wide.png", click=True))
+    assert not (place / "out").exists()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from dinojax import VARIANTS, UserError, VisionTransformer
-from dinojax.model_files import CONFIG_FILE, is_model_folder
+from dinojax.model_files import CONFIG_FILE, is_model_folder, shipped_folder
 from experiments.harness.records import TRACES_OF_TRAINING
 
 # Source: facebookresearch/dino 7c446df `eval_knn.py`, facebookresearch/dinov2 b8931f7 `dinov2/data/transforms.py`.
@@ -128,5 +128,5 @@ def _load_model(weights: str, seed: int, cache_dir: Path) -> VisionTransformer:
 
 def _source(weights: str) -> dict[str, Any]:
     """What is kept beside the weights in a folder that `dinojax.save` wrote."""
-    folder = Path(weights).expanduser()
+    folder = shipped_folder(weights) or Path(weights).expanduser()
     return json.loads((folder / CONFIG_FILE).read_text()).get("source", {}) if is_model_folder(folder) else {}

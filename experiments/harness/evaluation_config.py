@@ -18,7 +18,8 @@ class EvaluationConfig:
     """Settings that all evaluations share."""
 
     weights: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
-    """The run folder of a training, a published checkpoint by its torch.hub name (dino_vits16 … dinov2_vitg14_reg), a
+    """The run folder of a training, a published checkpoint by its torch.hub name (dino_vits16 … dinov2_vitg14_reg),
+    dinojax_vitt (a small one trained on CIFAR-10, inside the package: no download), a
     .pth or .safetensors file, a folder made by `python -m converters`, or "random:NAME" (never trained)."""
     data: str
     """"digits" (inside scikit-learn, no download), a folder with train/<class>/… and test/<class>/… (also training,

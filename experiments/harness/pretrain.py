@@ -1,12 +1,12 @@
 """The one DINO training loop: images on the device, compiled steps, log, k-NN, checkpoints, and how a run ends.
 
 The run folder holds config.json, metrics.jsonl, checkpoints/, curves.png and, at the end, the networks teacher/ and
-student/ (which every `--weights` takes) and result.json. Started again, the same command goes on from the newest sound
-checkpoint, and ends with the same numbers, bit for bit, as a run that was never interrupted.
+student/ (which every `--weights` takes), result.json, and evaluation/ with the result of every probe. Started again,
+the same command goes on from the newest sound checkpoint, and ends with the same numbers, bit for bit, as a run that
+was never interrupted.
 """
 
 import dataclasses
-import json
 import math
 import signal
 import time
@@ -35,6 +35,7 @@ from experiments.harness.run_log import RunLog, read_log
 
 CHECKPOINTS, CURVES = "checkpoints", "curves.png"
 TEACHER, STUDENT = "teacher", "student"
+EVALUATION = "evaluation"
 
 
 def main(recipes: dict[str, PretrainConfig], description: str, args: Sequence[str] | None = None) -> None:
@@ -53,15 +54,21 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     config.check()
     folder = (config.out or Path("runs", config.command, f"{config.recipe}-seed{config.seed}")).expanduser()
-    if (folder / records.RESULT_FILE).is_file():
-        _open_folder(folder, config)
+    finished = (folder / records.RESULT_FILE).is_file()
+    evaluated = not config.evaluate or (folder / EVALUATION / records.RESULT_FILE).is_file()
+    if finished and evaluated:
+        records.open_run(folder, config, free=FREE)
         print(f"{folder} is finished: see {folder / records.RESULT_FILE}; name another --out, or --seed, to run anew")
         return folder
     limits = {"max_train": config.max_train, "max_test": config.max_test}
     dataset = load_dataset(config.data, data_dir=config.data_dir, **limits)
+    if finished:
+        records.open_run(folder, config, free=FREE)
+        _evaluate(config, folder, dataset)
+        return folder
     if len(dataset.train) < config.batch_size:
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(dataset.train):,} training images")
-    _open_folder(folder, config)
+    records.open_run(folder, config, free=FREE)
     images = read_images(dataset.train, config.image_size)
     if config.own_statistics:
         mean, std = own_statistics(images)
@@ -74,7 +81,39 @@ def pretrain(config: PretrainConfig) -> Path:
             return folder
         checkpoints.wait()
     run.finish(state)
+    if config.evaluate:
+        _evaluate(config, folder, dataset)
     return folder
+
+
+def _evaluate(config: PretrainConfig, folder: Path, dataset: Dataset) -> None:
+    """Every probe that the images allow, on the networks of the run and on an untrained one."""
+    from experiments.harness.evaluation_config import CLASSIFIERS, EvaluationConfig
+    from experiments.harness.evaluation_run import evaluate
+    from experiments.harness.fitting import check_labels
+
+    names = []
+    for name in CLASSIFIERS:
+        try:
+            check_labels([name], dataset, EvaluationConfig.shots)
+            names.append(name)
+        except UserError as error:
+            print(f"note: without the probe {name}: {error}")
+    if not names:
+        return
+    settings = EvaluationConfig(
+        weights=str(folder),
+        data=config.data,
+        untrained=True,
+        classifiers=",".join(names),
+        max_train=config.max_train,
+        max_test=config.max_test,
+        seed=config.seed,
+        out=folder / EVALUATION,
+        cache_dir=config.cache_dir,
+        data_dir=config.data_dir,
+    )
+    evaluate(settings, dataset, command="evaluate")
 
 
 class Run:
@@ -319,35 +358,3 @@ def _means(parts: Sequence[tuple[dict[str, jax.Array], int]]) -> dict[str, float
     """Of each metric over the steps of a window."""
     fetched = [({name: np.asarray(x)[:count] for name, x in metrics.items()}) for metrics, count in parts]
     return {name: float(np.mean(np.concatenate([part[name] for part in fetched]))) for name in fetched[0]}
-
-
-def _open_folder(folder: Path, config: PretrainConfig) -> None:
-    """Makes the run folder, or checks that the one there is of the same settings.
-
-    Raises:
-        UserError: it is a file, holds something else, or is of other settings.
-    """
-    path = folder / records.CONFIG_FILE
-    if folder.is_file():
-        raise UserError(f"--out {folder} is a file; name a folder")
-    if path.is_file():
-        try:
-            stored = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); remove {folder} or name another --out") from error
-        asked = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        differing = [name for name in asked if name not in FREE and stored.get(name) != asked[name]]
-        if differing:
-            name = differing[0]
-            raise UserError(
-                f"{folder} is a run with {name} = {stored.get(name)}, not {asked[name]}; give the same settings to go "
-                "on with it, or name another --out"
-            )
-        return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--out {folder} holds other files; name a new folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        records.write_json(path, dataclasses.asdict(config))
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be written ({error.strerror}); name another folder") from error

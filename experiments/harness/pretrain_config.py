@@ -10,7 +10,10 @@ from dinojax.augment import MultiCropConfig
 from experiments.harness.settings import require, require_positive
 
 # Settings that do not change what is learnt: a run goes on under other values of these.
-FREE = {"out", "data_dir", "minutes", "log_every", "checkpoint_minutes", "keep", "tensorboard", "steps_per_dispatch"}
+FREE = {
+    *("out", "data_dir", "cache_dir", "minutes", "log_every", "checkpoint_minutes", "keep", "evaluate", "tensorboard"),
+    "steps_per_dispatch",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +117,11 @@ class PretrainConfig:
     """Newest checkpoints that are kept; the one of the best k-NN is kept as well."""
     minutes: float | None = None
     """Stop after so long, with a checkpoint; the same command goes on."""
+    evaluate: bool = True
+    """In the end, judge teacher, student and the untrained network by every probe, as `experiments.evaluate` does, in
+    the folder evaluation/ of the run."""
+    cache_dir: Path = Path("~/.cache/dinojax")
+    """Where the features of that evaluation are kept."""
     tensorboard: bool = False
     """Also write TensorBoard's files (pip install 'dinojax[tensorboard]')."""
     recipe: tyro.conf.Suppress[str] = ""

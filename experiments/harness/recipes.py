@@ -11,7 +11,7 @@ Scale = tuple[float, float]
 def recipes(
     command: str, data: str, *, image_size: int, patch_size: int, scales: tuple[Scale, Scale]
 ) -> dict[str, PretrainConfig]:
-    """small, seed, notebook and smoke, by name; the first is the command's default.
+    """small, seed, notebook, smoke and cpu, by name; the first is the command's default.
 
     Args:
         command: the command's name.
@@ -77,4 +77,24 @@ def recipes(
         knn_every=5,
         recipe="smoke",
     )
-    return {one.recipe: one for one in (small, seed, notebook, smoke)}
+    # What two CPU cores learn in an hour or two: small patches, the batch in parts that stay in the cache.
+    cpu = dataclasses.replace(
+        smoke,
+        max_train=None,
+        max_test=None,
+        patch_size=patch_size,
+        embed_dim=128,
+        depth=4,
+        num_heads=4,
+        drop_path_rate=0.0,
+        crops=dataclasses.replace(smoke.crops, local_crops=4),
+        batch_size=128,
+        accumulation_steps=4,
+        epochs=8,
+        learning_rate=2e-3,
+        weight_decay_end=0.1,
+        knn_every=1,
+        knn_images=8_000,
+        recipe="cpu",
+    )
+    return {one.recipe: one for one in (small, seed, notebook, smoke, cpu)}

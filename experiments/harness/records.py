@@ -1,5 +1,6 @@
 """The run folder: what was asked, what came out, and what it ran on; whole or not there at all."""
 
+import dataclasses
 import errno
 import importlib.metadata
 import json
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,43 @@ def run_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"--out {path} cannot be written ({error.strerror}); free some space") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_run(folder: Path, config: Any, *, free: Set[str]) -> None:
+    """Makes the folder of a run that may be interrupted and gone on with, or checks that the one there is the same run.
+
+    Args:
+        folder: of the run.
+        config: a dataclass; kept in it.
+        free: names of settings that may differ from the kept ones.
+
+    Raises:
+        UserError: it is a file, holds something else, or is of other settings.
+    """
+    path = folder / CONFIG_FILE
+    if folder.is_file():
+        raise UserError(f"--out {folder} is a file; name a folder")
+    if path.is_file():
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); remove {folder} or name another --out") from error
+        asked = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+        differing = [name for name in asked if name not in free and stored.get(name) != asked[name]]
+        if differing:
+            name = differing[0]
+            raise UserError(
+                f"{folder} is a run with {name} = {stored.get(name)}, not {asked[name]}; give the same settings to go "
+                "on with it, or name another --out"
+            )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--out {folder} holds other files; name a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, dataclasses.asdict(config))
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written ({error.strerror}); name another folder") from error
 
 
 def write_json(path: Path, document: Any) -> None:
