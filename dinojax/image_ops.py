@@ -10,6 +10,7 @@ Source: Pillow 13 `Resample.c`, `Blend.c`, `Convert.c`, `BoxBlur.c`, `ImageEnhan
 
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 Planes = Float[Array, "batch height 3 width"]
 Factor = Float[Array, " batch"]
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 def to_planes(images: UInt8[Array, "batch height width 3"]) -> Planes:
@@ -30,23 +32,25 @@ def crop_resize(
     size: int,
     flip: Bool[Array, " batch"] | None = None,
     *,
+    interpolation: Interpolation = "bicubic",
     eight_bit: bool = True,
 ) -> Float[Array, "batch {size} 3 {size}"]:
-    """Crops, resizes to size × size (bicubic, antialiased) and mirrors left to right where `flip` says so.
+    """Crops, resizes to size × size (antialiased) and mirrors left to right where `flip` says so.
 
     Args:
         planes: the images.
         boxes: top, left, height and width of each crop in whole pixels, inside the image.
         size: side of the result in pixels.
         flip: which results to mirror; none if omitted.
+        interpolation: the filter.
         eight_bit: round and clip after each pass as Pillow does for 8-bit images; without it, as for its mode F.
 
     Source: torchvision `resized_crop`, `hflip`; Pillow `Resample.c`.
     """
     top, left, height, width = boxes.T
     extent = max(planes.shape[1], planes.shape[3])
-    rows = _cubic_weights(top, height, size, extent)
-    columns = _cubic_weights(left, width, size, extent)
+    rows = _weights(top, height, size, extent, interpolation)
+    columns = _weights(left, width, size, extent, interpolation)
     if flip is not None:
         columns = jnp.where(_per_image(flip, 3), columns[:, ::-1], columns)
     # Pillow 13 takes the vertical pass first where it shrinks the height by more than twice what the width loses.
@@ -63,17 +67,21 @@ def crop_resize(
     return jnp.where(_per_image(swap, 4), full.swapaxes(1, 3), full)
 
 
-def _cubic_weights(start: Array, length: Array, size: int, extent: int) -> Array:
+def _weights(start: Array, length: Array, size: int, extent: int, interpolation: Interpolation) -> Array:
     """[batch, size, extent]: what source pixels add to target pixels; rows sum to one, zero outside the box."""
     source = jnp.arange(extent, dtype=jnp.int32) - start[:, None, None]
     target = jnp.arange(size, dtype=jnp.int32)[:, None]
     length = length[:, None, None]
     # Twice the distance between pixel centres, in units of 1/size: whole numbers, so that only the division rounds.
     apart = jnp.abs((2 * source + 1) * size - (2 * target + 1) * length)
-    x = apart.astype(jnp.float32) / (2 * jnp.maximum(length, size)).astype(jnp.float32)
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    inside = (source >= 0) & (source < length)
-    weights = jnp.where(inside, jnp.where(x < 1, near, jnp.where(x < 2, far, 0)), 0)
+    reach = 2 * jnp.maximum(length, size)
+    if interpolation == "bilinear":
+        weights = jnp.maximum(reach - apart, 0).astype(jnp.float32)
+    else:
+        x = apart.astype(jnp.float32) / reach.astype(jnp.float32)
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+        weights = jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
+    weights = jnp.where((source >= 0) & (source < length), weights, 0)
     return weights / weights.sum(-1, keepdims=True)
 
 

@@ -139,6 +139,10 @@ def _features(config: Config, index: Mapping[str, Any], split: "Split") -> np.nd
             f"(fingerprint {extractor.fingerprint[:12]}, the run has {index['weights_fingerprint'][:12]}); "
             "pass the former as --weights, or repeat the run"
         )
+    if "interpolation" in index:  # a model of finetune_folder, which resizes to more than it cuts out
+        from experiments.harness.squares import centre_cropped
+
+        split = centre_cropped(split, index["resize"], index["image_size"], interpolation=index["interpolation"])
     return extractor.extract([split])[0]
 
 

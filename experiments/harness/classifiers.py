@@ -27,6 +27,7 @@ TITLES = {
     "mlp": "MLP, file order",
     "mlp_shuffled": "MLP, shuffled",
     "svc": "SVC, RBF",
+    "finetuned": "fine-tuned",
 }
 INDEX_FILE = "classifiers.json"
 _ROWS = 2048  # images compared with all support vectors at once
@@ -106,14 +107,17 @@ def read_index(folder: Path) -> dict[str, Any]:
     """What `save_classifiers` wrote beside the arrays.
 
     Raises:
-        UserError: the folder holds no classifiers.
+        UserError: the folder holds no classifiers, or those of an earlier version.
     """
     try:
-        return json.loads((folder / INDEX_FILE).read_text())
+        index = json.loads((folder / INDEX_FILE).read_text())
     except FileNotFoundError as error:
         raise UserError(f"--run {folder} holds no {INDEX_FILE}; name a folder that cifar10_probe made") from error
     except ValueError as error:
         raise UserError(f"{folder / INDEX_FILE} is damaged ({error}); repeat that run") from error
+    if "normalisation" not in index:
+        raise UserError(f"{folder / INDEX_FILE} is of an earlier version, which kept no normalisation; repeat that run")
+    return index
 
 
 def load_classifiers(folder: Path, names: Sequence[str] | None = None) -> list[Classifier]:

@@ -6,6 +6,7 @@ Each becomes a `Dataset` of two `Split`s whose images are decoded one by one, wh
 import dataclasses
 import hashlib
 import io
+import os
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -98,8 +99,8 @@ def load_dataset(
 
         dataset = load_tfds(data, data_dir)
     _check_classes(dataset)
-    train = _limit(dataset.train, max_train, "--max-train", seed)
-    return dataclasses.replace(dataset, train=train, test=_limit(dataset.test, max_test, "--max-test", seed))
+    train = limit_images(dataset.train, max_train, "--max-train", seed)
+    return dataclasses.replace(dataset, train=train, test=limit_images(dataset.test, max_test, "--max-test", seed))
 
 
 def _load_path(data: str, data_dir: Path | None) -> Dataset:
@@ -164,12 +165,12 @@ def decode_rgb(file: Path | io.BytesIO, name: str) -> Pixels:
     """
     try:
         with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode == "P":  # straight to RGB, Pillow warns about transparency
                 image = image.convert("RGBA")
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"{name} is no readable image ({error}); replace or remove it") from error
 
@@ -184,7 +185,12 @@ def _check_classes(dataset: Dataset) -> None:
             raise UserError(f"--data {dataset.name}: its {split.name} split holds images without a label")
 
 
-def _limit(split: Split, count: int | None, flag: str, seed: int) -> Split:
+def limit_images(split: Split, count: int | None, flag: str, seed: int) -> Split:
+    """At most `count` images, drawn from every class in proportion; `flag` is what the user set.
+
+    Raises:
+        UserError: less than one image a class.
+    """
     if count is None or count >= len(split):
         return split
     classes = len(np.unique(split.labels))
@@ -213,8 +219,12 @@ def _class_files(root: Path, split: str) -> dict[str, list[Path]]:
 
 def image_files(folder: Path) -> list[Path]:
     """The images in a folder and below, in the order of their paths; nothing hidden."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-    return sorted(path for path in found if path.is_file())
+    return sorted(
+        Path(place, name)
+        for place, _, names in os.walk(folder)
+        for name in names
+        if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+    )
 
 
 def split_of_files(root: Path, name: str, files: dict[str, list[Path]], classes: Sequence[str]) -> Split:

@@ -30,6 +30,7 @@ from dinojax.vit import VisionTransformer
 from experiments.harness.backbones import Normalisation
 from experiments.harness.cache import ShardCache
 from experiments.harness.datasets import Split, digest
+from experiments.harness.squares import shorter_side_centre_crop
 
 LAST_CLS, MEAN_PATCH = -2, -1
 LAST_BLOCKS = 4
@@ -238,14 +239,7 @@ def load_square(split: Split, index: int, size: int, *, resize: int | None = Non
         size: pixels.
         resize: pixels of the shorter side before the cut; None is `size`.
     """
-    pixels = split.read(index)
-    height, width = pixels.shape[:2]
-    shorter, target = min(height, width), resize or size
-    resized = int(target * height / shorter), int(target * width / shorter)
-    if resized != (height, width):
-        pixels = np.asarray(Image.fromarray(pixels).resize(resized[::-1], Image.Resampling.BICUBIC))
-    top, left = (round((side - size) / 2) for side in resized)
-    return pixels[top : top + size, left : left + size]
+    return shorter_side_centre_crop(split.read(index), resize or size, size, resample=Image.Resampling.BICUBIC)
 
 
 def check_image_size(model: VisionTransformer, image_size: int) -> None:

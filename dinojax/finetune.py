@@ -1,0 +1,289 @@
+"""Supervised fine-tuning: a backbone with a linear head, what of it trains, the optimisers and the step.
+
+The modes: "linear" trains the head alone, "finetune" everything at one rate, "llrd" everything at rates that fall with
+the distance from the head, "lora" low-rank factors of the attention's projections and the head.
+
+Source: `torch.optim.SGD`, `torch.optim.AdamW`, `torch.nn.CrossEntropyLoss`, `torch.nn.utils.clip_grad_norm_`; layers as
+facebookresearch/dinov2 05c66df `get_vit_lr_decay_rate` counts them; LoRA (arXiv 2106.09685).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int, Key, PyTree
+
+from dinojax.errors import UserError
+from dinojax.labelled import check_range
+from dinojax.layers import Linear, torch_default_init
+from dinojax.monitors import gradient_norms
+from dinojax.schedules import Schedule
+from dinojax.vit import VisionTransformer
+
+MODES = ("linear", "finetune", "llrd", "lora")
+
+Images = Float[Array | np.ndarray, "batch height width channels"]
+Labels = Int[Array | np.ndarray, " batch"]
+Logits = Float[Array, "batch classes"]
+ClassWeights = Float[Array | np.ndarray, " classes"]
+DropPathKey = Key[Array, ""] | None
+
+
+class Classifier(nnx.Module):
+    """A backbone and a linear layer on its class token, for images as the backbone takes them."""
+
+    def __init__(self, backbone: VisionTransformer, classes: int, *, rngs: nnx.Rngs):
+        dim, dtype = backbone.config.embed_dim, backbone.cls_token.dtype
+        self.backbone = backbone
+        self.head = Linear(dim, classes, rngs=rngs)
+        self.head.kernel = nnx.Param(0.01 * jax.random.normal(rngs.params(), (dim, classes), dtype))
+        self.head.bias = nnx.Param(jnp.zeros(classes, dtype))
+
+    def __call__(self, images: Images, *, key: DropPathKey = None, remat: bool = False) -> Logits:
+        """Class scores before the softmax; `key` draws drop path, None is inference."""
+        return self.head(self.backbone(images, key=key, remat=remat).cls_token)
+
+
+def split_parameters(
+    model: Classifier, mode: str, *, lora_rank: int = 8, key: Key[Array, ""] | None = None
+) -> tuple[PyTree, PyTree]:
+    """The parameters that train in one of `MODES`, and those that stay as they are.
+
+    For "lora" each `attn.qkv` and `attn.proj` gets factors beside its frozen kernel: `a` "in rank" is drawn from `key`,
+    `b` "rank out" is zero, so that the model starts as the one given. An abstract model will do to count parameters.
+
+    Raises:
+        UserError: `lora_rank` is not positive.
+    """
+    _check(mode)
+    parameters = jax.tree.map(lambda x: x, nnx.state(model, nnx.Param))  # the same arrays in variables of their own
+    if mode in ("finetune", "llrd"):
+        # The mask token is among them, as in the official count, though no image here is masked. torch skips a tensor
+        # without gradient; here its gradient is zero and no optimiser decays it, so that it never moves either.
+        return parameters, nnx.State({})
+    head, backbone = nnx.split_state(parameters, lambda path, _: path[0] == "head", ...)
+    if mode == "linear":
+        return head, backbone
+    if lora_rank < 1:
+        raise UserError(f"lora_rank={lora_rank} is not a positive number; take 8, say")
+    kernels = [(path, param) for path, param in nnx.to_flat_state(backbone) if "attn" in path and path[-1] == "kernel"]
+    factors = []
+    for ((*layer, _), kernel), draw in zip(kernels, jax.random.split(key, len(kernels))):
+        rows, columns = kernel.shape
+        a = torch_default_init(rows)(draw, (rows, lora_rank), kernel.dtype)
+        b = jnp.zeros((lora_rank, columns), kernel.dtype)
+        factors += [((*layer, "a"), nnx.Param(a)), ((*layer, "b"), nnx.Param(b))]
+    return nnx.merge_state(head, nnx.from_flat_state(factors)), backbone
+
+
+def merge_parameters(trainable: PyTree, frozen: PyTree, *, lora_alpha: float = 16.0) -> PyTree:
+    """All parameters of a plain `Classifier`, to run it or, through `nnx.update`, to export it.
+
+    A kernel with factors becomes kernel + lora_alpha / rank · a @ b.
+    """
+    merged = dict(nnx.to_flat_state(frozen)) | dict(nnx.to_flat_state(trainable))
+    for *layer, _ in [path for path in merged if path[-1] == "a"]:
+        a, b = merged.pop((*layer, "a"))[...], merged.pop((*layer, "b"))[...]
+        kernel = merged[(*layer, "kernel")]
+        change = lora_alpha / a.shape[1] * jnp.matmul(a, b, precision="highest")
+        merged[(*layer, "kernel")] = kernel.replace(kernel[...] + change)
+    return nnx.from_flat_state(merged)
+
+
+def count_parameters(parameters: PyTree) -> int:
+    """How many numbers a tree of arrays, real or abstract, holds."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))
+
+
+def finetune_optimizer(
+    mode: str,
+    depth: int,
+    *,
+    learning_rate: Schedule,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    layer_decay: float = 0.75,
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """SGD with momentum for "linear" and "finetune", AdamW for "llrd" and "lora".
+
+    Args:
+        mode: one of `MODES`.
+        depth: blocks of the backbone.
+        learning_rate: step → the head's rate. One that falls in steps is `optax.piecewise_constant_schedule`.
+        weight_decay: SGD decays all parameters, AdamW all but biases, the norms' vectors, LayerScale factors, tokens
+            and the position table, as BEiT and timm do; DINOv2's pretraining decays tokens and table.
+        momentum: of SGD.
+        layer_decay: "llrd" takes the rate times layer_decay ** (depth + 1 - layer). Patch embedding, all tokens and the
+            position table are layer 0, block i (from 0) is layer i + 1, final norm and head are layer depth + 1.
+        clip_norm: bound of the norm of all gradients together; None or 0 leaves clipping out.
+    """
+    _check(mode)
+    clip = _clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+    if mode in ("linear", "finetune"):
+        rule = optax.chain(optax.add_decayed_weights(weight_decay, mask=_decayed_by_sgd), optax.trace(momentum))
+    else:
+        adam, decay = optax.scale_by_adam(), optax.add_decayed_weights(weight_decay, mask=_decayed_by_adamw)
+        rule = optax.chain(adam, decay, _scale_by_layer(depth, layer_decay if mode == "llrd" else 1.0))
+    return optax.chain(clip, rule, optax.scale_by_learning_rate(learning_rate))
+
+
+def balanced_class_weights(labels: Int[Array | np.ndarray, " images"], classes: int) -> Float[np.ndarray, " classes"]:
+    """images / (classes · images of the class), as scikit-learn's "balanced".
+
+    Raises:
+        UserError: a class without images, or a label out of range.
+    """
+    check_range(labels, classes)
+    counts = np.bincount(np.asarray(labels), minlength=classes)
+    if not counts.all():
+        raise UserError(f"class {counts.argmin()} of {classes} has no image to be weighted by; give it some or drop it")
+    return counts.sum() / (classes * counts)
+
+
+def weighted_cross_entropy(
+    logits: Logits, labels: Labels, class_weights: ClassWeights | None = None, label_smoothing: float = 0.0
+) -> Float[Array, ""]:
+    """Softmax cross-entropy in nats, averaged with the weight of each image's class, in float32 at least.
+
+    Rows with the label -1, which fill up a batch, do not count.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    weights = jnp.asarray(1.0 if class_weights is None else class_weights, logits.dtype)
+    # What smoothing takes from a label goes to each class with the weight of that class; the divisor has the labels'.
+    targets = jnp.where(labels[:, None] >= 0, optax.smooth_labels(one_hot, label_smoothing) * weights, 0)
+    return -jnp.sum(targets * jax.nn.log_softmax(logits)) / jnp.sum(one_hot * weights)
+
+
+class FinetuneState(NamedTuple):
+    """All that changes from step to step; one pytree, which is the checkpoint. `ema` averages `trainable`."""
+
+    step: Int[Array, ""]
+    trainable: PyTree
+    opt_state: optax.OptState
+    ema: PyTree | None
+
+
+def init_finetune_state(
+    trainable: PyTree, optimizer: optax.GradientTransformation, *, ema: bool = False
+) -> FinetuneState:
+    """The state before the first step; it holds copies, so that it may be donated."""
+    own, average = (jax.tree.map(jnp.copy, trainable) for _ in range(2))
+    return FinetuneState(jnp.zeros([], jnp.int32), own, optimizer.init(own), average if ema else None)
+
+
+def make_logits(
+    model: Classifier, *, lora_alpha: float = 16.0, compute_dtype: DTypeLike | None = None, remat: bool = False
+) -> Callable[..., Logits]:
+    """Returns `logits_of(trainable, frozen, images, key)`.
+
+    A backbone that is frozen whole runs as in inference, without drop path. `model` gives the architecture alone;
+    `lora_alpha` is that of `merge_parameters`, `compute_dtype` and `remat` are those of `dinojax.train`.
+    """
+    graphdef, _ = nnx.split(model, nnx.Param)
+
+    def logits_of(trainable: PyTree, frozen: PyTree, images: Images, key: DropPathKey = None) -> Logits:
+        parameters = merge_parameters(trainable, frozen, lora_alpha=lora_alpha)
+        if compute_dtype is not None:
+            parameters = jax.tree.map(lambda x: x.astype(compute_dtype), parameters)
+        options = {"key": key, "remat": remat} if "backbone" in trainable else {}
+        return nnx.merge(graphdef, parameters)(images, **options)
+
+    return logits_of
+
+
+def head_logits(
+    trainable: PyTree, frozen: PyTree, features: Float[Array | np.ndarray, "batch dim"], key: DropPathKey = None
+) -> Logits:
+    """The logits of mode "linear" from class tokens that were computed before."""
+    return features @ trainable["head"]["kernel"][...] + trainable["head"]["bias"][...]
+
+
+def make_finetune_step(
+    logits_of: Callable[..., Logits],
+    optimizer: optax.GradientTransformation,
+    *,
+    class_weights: ClassWeights | None = None,
+    label_smoothing: float = 0.0,
+    ema_decay: float | None = None,
+) -> Callable[..., tuple[FinetuneState, dict[str, Array]]]:
+    """Returns `step(state, frozen, inputs, labels, key) -> (state, metrics)`, pure, to be jitted by the caller.
+
+    Args:
+        logits_of: from `make_logits`, for images, or `head_logits`, for features.
+        optimizer: see `finetune_optimizer`.
+        class_weights: such as `balanced_class_weights`; None for none.
+        label_smoothing: share of each label that is spread over all classes.
+        ema_decay: weight of the old average, at first (1 + step) / (10 + step) where that is less, as in
+            TensorFlow's `ExponentialMovingAverage`; None where the state has none.
+
+    The key draws drop path. Where the backbone trains, give one even if the rate is zero: without it the model runs in
+    the chunks of inference, a third slower on a CPU once there is a gradient. The metrics are scalars: loss in nats and
+    accuracy as a fraction, of the batch before the step, and gradient_norm before clipping.
+    """
+
+    def step(
+        state: FinetuneState, frozen: PyTree, inputs: Array | np.ndarray, labels: Labels, key: DropPathKey = None
+    ) -> tuple[FinetuneState, dict[str, Array]]:
+        if (state.ema is None) != (ema_decay is None):
+            raise ValueError(f"ema_decay={ema_decay}, but the state has {'no' if state.ema is None else 'an'} average")
+
+        def loss_and_accuracy(trainable: PyTree) -> tuple[Array, Array]:
+            logits = logits_of(trainable, frozen, inputs, key)
+            loss = weighted_cross_entropy(logits, labels, class_weights, label_smoothing)
+            return loss, jnp.sum(logits.argmax(axis=-1) == labels) / jnp.sum(labels >= 0, dtype=loss.dtype)
+
+        (loss, accuracy), gradients = jax.value_and_grad(loss_and_accuracy, has_aux=True)(state.trainable)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        ema = None
+        if state.ema is not None:
+            # Short trainings would otherwise end with an average of their beginning.
+            count = state.step.astype(float)
+            decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
+            ema = optax.incremental_update(trainable, state.ema, 1 - decay)
+        metrics = {"loss": loss, "accuracy": accuracy, "gradient_norm": gradient_norms(gradients, None)[0]}
+        return FinetuneState(state.step + 1, trainable, opt_state, ema), metrics
+
+    return step
+
+
+_NOT_DECAYED = ("cls_token", "pos_embed", "register_tokens", "mask_token")
+
+
+def _check(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is none of {', '.join(MODES)}")
+
+
+def _decayed_by_sgd(params: PyTree) -> PyTree:
+    return nnx.map_state(lambda path, _: path[-1] != "mask_token", params)
+
+
+def _decayed_by_adamw(params: PyTree) -> PyTree:
+    return nnx.map_state(lambda path, param: param.ndim > 1 and path[-1] not in _NOT_DECAYED, params)
+
+
+def _scale_by_layer(depth: int, layer_decay: float) -> optax.GradientTransformation:
+    def rate(path: tuple[Any, ...]) -> float:
+        last = path[0] == "head" or path[1] == "norm"
+        layer = depth + 1 if last else path[2] + 1 if path[1] == "blocks" else 0
+        return layer_decay ** (depth + 1 - layer)
+
+    return optax.stateless(lambda updates, _: nnx.map_state(lambda path, x: x.replace(x[...] * rate(path)), updates))
+
+
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """As torch, which adds 1e-6 to the norm; optax's own does not."""
+
+    def clip(gradients: PyTree, _: PyTree) -> PyTree:
+        factor = jnp.minimum(1, max_norm / (gradient_norms(gradients, None)[0] + 1e-6))
+        return jax.tree.map(lambda x: x * factor.astype(x.dtype), gradients)
+
+    return optax.stateless(clip)
