@@ -26,6 +26,7 @@ from dinojax.schedules import Schedule
 from dinojax.vit import VisionTransformer
 
 MODES = ("linear", "finetune", "llrd", "lora")
+_CACHED_NUMBERS = 4 * 257 * 384
 
 Images = Float[Array | np.ndarray, "batch height width channels"]
 Labels = Int[Array | np.ndarray, " batch"]
@@ -147,18 +148,24 @@ def balanced_class_weights(labels: Int[Array | np.ndarray, " images"], classes: 
 
 
 def weighted_cross_entropy(
-    logits: Logits, labels: Labels, class_weights: ClassWeights | None = None, label_smoothing: float = 0.0
+    logits: Logits,
+    labels: Labels,
+    class_weights: ClassWeights | None = None,
+    label_smoothing: float = 0.0,
+    *,
+    total: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """Softmax cross-entropy in nats, averaged with the weight of each image's class, in float32 at least.
 
-    Rows with the label -1, which fill up a batch, do not count.
+    Rows with the label -1, which fill up a batch, do not count. `total` is the weight of a batch of which these are a
+    part; None where they are all of it.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     weights = jnp.asarray(1.0 if class_weights is None else class_weights, logits.dtype)
     # What smoothing takes from a label goes to each class with the weight of that class; the divisor has the labels'.
     targets = jnp.where(labels[:, None] >= 0, optax.smooth_labels(one_hot, label_smoothing) * weights, 0)
-    return -jnp.sum(targets * jax.nn.log_softmax(logits)) / jnp.sum(one_hot * weights)
+    return -jnp.sum(targets * jax.nn.log_softmax(logits)) / (jnp.sum(one_hot * weights) if total is None else total)
 
 
 class FinetuneState(NamedTuple):
@@ -212,6 +219,7 @@ def make_finetune_step(
     class_weights: ClassWeights | None = None,
     label_smoothing: float = 0.0,
     ema_decay: float | None = None,
+    accumulation_steps: int = 1,
 ) -> Callable[..., tuple[FinetuneState, dict[str, Array]]]:
     """Returns `step(state, frozen, inputs, labels, key) -> (state, metrics)`, pure, to be jitted by the caller.
 
@@ -222,24 +230,39 @@ def make_finetune_step(
         label_smoothing: share of each label that is spread over all classes.
         ema_decay: weight of the old average, at first (1 + step) / (10 + step) where that is less, as in
             TensorFlow's `ExponentialMovingAverage`; None where the state has none.
+        accumulation_steps: so many parts of the batch follow each other, and their gradients are added up: the same
+            step with less memory, and on a CPU in less time, where a part's activations stay in the cache.
 
     The key draws drop path. Where the backbone trains, give one even if the rate is zero: without it the model runs in
     the chunks of inference, a third slower on a CPU once there is a gradient. The metrics are scalars: loss in nats and
     accuracy as a fraction, of the batch before the step, and gradient_norm before clipping.
     """
 
+    def gradients_of(
+        trainable: PyTree, frozen: PyTree, part: tuple[Array, Labels], key: DropPathKey, total: Array
+    ) -> tuple[PyTree, tuple[Array, Array]]:
+        inputs, labels = part
+
+        def loss_and_hits(trainable: PyTree) -> tuple[Array, tuple[Array, Array]]:
+            logits = logits_of(trainable, frozen, inputs, key)
+            loss = weighted_cross_entropy(logits, labels, class_weights, label_smoothing, total=total)
+            return loss, (loss, jnp.sum(logits.argmax(axis=-1) == labels))
+
+        return jax.grad(loss_and_hits, has_aux=True)(trainable)
+
     def step(
         state: FinetuneState, frozen: PyTree, inputs: Array | np.ndarray, labels: Labels, key: DropPathKey = None
     ) -> tuple[FinetuneState, dict[str, Array]]:
         if (state.ema is None) != (ema_decay is None):
             raise ValueError(f"ema_decay={ema_decay}, but the state has {'no' if state.ema is None else 'an'} average")
+        inputs, labels = jnp.asarray(inputs), jnp.asarray(labels)
+        weight = 1.0 if class_weights is None else jnp.asarray(class_weights)[labels]
+        total = jnp.sum(jnp.where(labels >= 0, weight, 0.0))
 
-        def loss_and_accuracy(trainable: PyTree) -> tuple[Array, Array]:
-            logits = logits_of(trainable, frozen, inputs, key)
-            loss = weighted_cross_entropy(logits, labels, class_weights, label_smoothing)
-            return loss, jnp.sum(logits.argmax(axis=-1) == labels) / jnp.sum(labels >= 0, dtype=loss.dtype)
+        def of_part(part: tuple[Array, Labels], key: DropPathKey) -> tuple[PyTree, tuple[Array, Array]]:
+            return gradients_of(state.trainable, frozen, part, key, total)
 
-        (loss, accuracy), gradients = jax.value_and_grad(loss_and_accuracy, has_aux=True)(state.trainable)
+        gradients, (loss, hits) = _summed_over_parts(of_part, accumulation_steps, (inputs, labels), key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         ema = None
@@ -248,10 +271,43 @@ def make_finetune_step(
             count = state.step.astype(float)
             decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
             ema = optax.incremental_update(trainable, state.ema, 1 - decay)
+        accuracy = hits / jnp.sum(labels >= 0, dtype=loss.dtype)
         metrics = {"loss": loss, "accuracy": accuracy, "gradient_norm": gradient_norms(gradients, None)[0]}
         return FinetuneState(state.step + 1, trainable, opt_state, ema), metrics
 
     return step
+
+
+def cached_parts(model: VisionTransformer, batch_size: int, image_size: int) -> int:
+    """A number of `accumulation_steps` by which each part's activations stay in a CPU's cache.
+
+    With ViT-S/14 at 224 px, 4 images a part took 0.8 of the CPU seconds of 16 at once, and a fifth of the memory.
+    """
+    tokens = (image_size // model.config.patch_size) ** 2
+    most = max(1, _CACHED_NUMBERS // (tokens * model.config.embed_dim))
+    return next(parts for parts in range(1, batch_size + 1) if batch_size % parts == 0 and batch_size // parts <= most)
+
+
+def _summed_over_parts(function: Callable[..., PyTree], parts: int, batch: PyTree, key: DropPathKey) -> PyTree:
+    """The sum of `function(part, key)` over equal parts of a batch, one after the other.
+
+    Each part takes every so-many-th image: of a batch that several devices share, each gives its own.
+    """
+    if parts == 1:
+        return function(batch, key)
+    size = len(jax.tree.leaves(batch)[0])
+    if size % parts:
+        raise ValueError(f"accumulation_steps={parts} does not divide the batch of {size}")
+    split = jax.tree.map(lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total: PyTree, indexed: tuple[Array, PyTree]) -> tuple[PyTree, None]:
+        index, part = indexed
+        found = function(part, None if key is None else jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, found), None
+
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], split), key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, (jnp.arange(parts), split))[0]
 
 
 _NOT_DECAYED = ("cls_token", "pos_embed", "register_tokens", "mask_token")

@@ -152,7 +152,7 @@ def test_linear_steps_equal_pytorch(cached, record_difference):
 
 
 def test_finetune_steps_equal_pytorch(record_difference):
-    """SGD on everything, decayed and clipped, rematerialised on our side."""
+    """SGD on everything, decayed and clipped; on our side rematerialised and in two parts."""
     with jax.enable_x64(True):
         theirs = TorchClassifier(depth=1)
         before = reference.our_parameters(theirs)
@@ -161,7 +161,8 @@ def test_finetune_steps_equal_pytorch(record_difference):
         assert min(step["gradient_norm"] for step in expected) > 0.5, "nothing to clip"
 
         model, ours = classifier(before, depth=1), constant("finetune", weight_decay=DECAY, clip_norm=0.5)
-        states, metrics = train(make_logits(model, remat=True), split(model, "finetune"), ours)
+        logits_of, parameters = make_logits(model, remat=True), split(model, "finetune")
+        states, metrics = train(logits_of, parameters, ours, accumulation_steps=2)
         assert_same_metrics(metrics, expected)
         difference = assert_same(dotted(states[-1].trainable), reference.our_parameters(theirs), before)
         record_difference(f"everything, {STEPS} steps of SGD (float64)", "parameters", difference)
@@ -353,3 +354,27 @@ def test_a_frozen_backbone_costs_no_backward():
     assert relative["linear"] < 1.05
     assert min(relative["finetune"], relative["llrd"]) > 2.5
     assert relative["lora"] < 0.9 * relative["finetune"], "frozen kernels need no gradients"
+
+
+def test_a_batch_that_is_filled_up_or_cut_into_parts_gives_the_same_step():
+    """Weighted and smoothed, seven images and one that fills up; in a part of its own there is only that one."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        features, labels = rng.normal(size=(7, 5)), np.array([0, 1, 2, 1, 0, 2, 2], np.int32)
+        head = nnx.State(
+            {"head": {"kernel": nnx.Param(jnp.asarray(rng.normal(size=(5, 3)))), "bias": nnx.Param(jnp.zeros(3))}}
+        )
+        optimizer = constant("linear", 0.1)
+        options = {"class_weights": np.array([0.5, 1.0, 3.0]), "label_smoothing": 0.2}
+
+        def after(features, labels, parts):
+            step = make_finetune_step(head_logits, optimizer, accumulation_steps=parts, **options)
+            return step(init_finetune_state(head, optimizer), nnx.State({}), features, labels)
+
+        expected = after(features, labels, 1)
+        filled = np.concatenate([features, rng.normal(size=(1, 5))]), np.append(labels, np.int32(-1))
+        for parts in (1, 2, 8):
+            found = after(*filled, parts)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), found, expected)
+        with pytest.raises(ValueError, match="accumulation_steps=3 does not divide the batch of 8"):
+            after(*filled, 3)

@@ -135,6 +135,9 @@ class FinetuneConfig:
     """Stop after so many epochs without a better one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the model computes in; auto is float32 on a CPU and bfloat16 elsewhere. Weights stay float32."""
+    accumulation_steps: int | None = None
+    """Parts of the batch that follow each other: less memory, the same step. Default: 1; on a CPU, parts of as many
+    images as its caches hold."""
     remat: bool = False
     """Compute activations again for the gradient in place of keeping them: less memory on a GPU, a third more time."""
     threads: int | None = None
@@ -151,7 +154,7 @@ class FinetuneConfig:
         """Raises a `UserError` for settings that nothing can be trained with."""
         positive = (
             *("max_train", "max_val", "image_size", "resize", "epochs", "batch_size", "learning_rate", "lora_rank"),
-            *("lora_alpha", "early_stop", "threads", "layer_decay"),
+            *("lora_alpha", "early_stop", "threads", "layer_decay", "accumulation_steps"),
         )
         require_positive(self, positive)
         for name in ("drop_path", "label_smoothing", "ema_decay", "momentum"):
@@ -165,6 +168,8 @@ class FinetuneConfig:
         require(0 < least <= most <= 1, "crop_scale", f"{least} {most}", "two shares of the image, 0 to 1, in order")
         warmup = self.warmup_epochs
         require(warmup is None or 0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"0 to {self.epochs} epochs")
+        parts = self.accumulation_steps or 1
+        require(self.batch_size % parts == 0, "accumulation_steps", parts, f"a divisor of {self.batch_size}")
         if self.resize is not None and self.image_size is not None and self.resize < self.image_size:
             raise UserError(f"--resize {self.resize} is less than the {self.image_size} px that are cut out of it")
 

@@ -25,6 +25,7 @@ from dinojax.finetune import (
     Classifier,
     FinetuneState,
     balanced_class_weights,
+    cached_parts,
     count_parameters,
     finetune_optimizer,
     init_finetune_state,
@@ -131,6 +132,7 @@ class Training:
             class_weights=weights if config.balance == "loss" else None,
             label_smoothing=config.label_smoothing,
             ema_decay=config.ema_decay or None,
+            accumulation_steps=config.accumulation_steps or self._parts(on_cpu),
         )
 
         def step(state: FinetuneState, frozen: Any, batch: Batch, epoch: Array) -> tuple[FinetuneState, dict]:
@@ -141,6 +143,11 @@ class Training:
 
         self.step = jax.jit(step, donate_argnums=0)
         self.forward = jax.jit(lambda parameters, frozen, images: self.data.logits(parameters, frozen, images))
+
+    def _parts(self, on_cpu: bool) -> int:
+        if not on_cpu or self.config.mode == "linear":
+            return 1
+        return cached_parts(self.task.backbone.model, self.config.batch_size, self.task.image_size)
 
     def init(self) -> FinetuneState:
         """The state before the first step."""
