@@ -37,6 +37,7 @@ bench: $(INSTALLED)  ## the speed tables of the README, ours beside PyTorch
 	$(BIN)/python -m benchmarks.features
 	$(BIN)/python -m benchmarks.probes --quick
 	$(BIN)/python -m benchmarks.dino_step
+	$(BIN)/python -m benchmarks.finetune
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache
