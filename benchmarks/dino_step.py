@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.dino_work import CPU_STEPS, CROPS, GPU_STEPS, QUICK_STEPS, CropRow, StepRow
-from benchmarks.paired import CONTROL, CONTROL_BOUND, Comparison, Variant, compare, finish, has_gpu
+from benchmarks.paired import CONTROL, CONTROL_BOUND, Comparison, Variant, compare, finish, has_gpu, table, throughput
 
 OURS, FROM_PIXELS, PILLOW, EAGER = "dinojax", "dinojax from uint8", "pillow, 1 thread", "torch eager"
 
@@ -53,7 +53,7 @@ def main() -> None:
     for work in _chosen(config, gpu=gpu):
         found = _measured(work, gpu=gpu, quick=config.quick, rounds=5 if config.quick else config.rounds)
         rows[work.name] = _summary(work, found)
-        print(_table(work, rows[work.name]), flush=True)
+        print(table(work.name, rows[work.name]), flush=True)
         ratios[work.name] = rows[work.name]["ratio"]["median"]
         if gpu and isinstance(work, StepRow):
             ratios[f"{work.name}, from uint8"] = rows[work.name]["ratio_from_uint8"]["median"]
@@ -122,6 +122,7 @@ def _summary(work: StepRow | CropRow, found: Sequence[tuple[str, Comparison]]) -
     where = {name: comparison for _, comparison in found for name in comparison.seconds} | dict.fromkeys(
         best.seconds, best
     )
+    flops = work.flops if isinstance(work, StepRow) else None
     return {
         "ratio": best.ratio(OURS, baseline),
         "baseline": baseline,
@@ -130,35 +131,8 @@ def _summary(work: StepRow | CropRow, found: Sequence[tuple[str, Comparison]]) -
         "control": control,
         "valid": abs(control["median"] - 1) <= CONTROL_BOUND,
         "same_work": best.info[baseline]["same_work"],
-        "variants": {name: _numbers(work, c.median(name), c.info[name]) for name, c in where.items()},
+        "variants": {name: throughput(work.batch, c.median(name), c.info[name], flops) for name, c in where.items()},
     }
-
-
-def _numbers(work: StepRow | CropRow, seconds: float, info: dict[str, Any]) -> dict[str, Any]:
-    numbers = {"images_per_second": round(work.batch / seconds, 2)}
-    if isinstance(work, StepRow):
-        tflops = work.flops / seconds / 1e12
-        numbers |= {"tflops": round(tflops, 3), "share_of_matmul_rate": round(tflops / info["matmul_tflops"], 2)}
-    return numbers | info
-
-
-def _table(work: StepRow | CropRow, row: dict[str, Any]) -> str:
-    void = "" if row["valid"] else " (VOID: the machine is too noisy)"
-    same = ", ".join(f"{name} {value:g}" for name, value in row["same_work"].items())
-    lines = [
-        f"\n{work.name}: {row['ratio']['median']:.2f}× {row['baseline']}, quartiles {row['ratio']['quartiles']}, "
-        f"control {row['control']['median']:.2f}{void}",
-        f"  same work, differences: {same}",
-        f"  {'variant':38}{'img/s':>10}{'TFLOP/s':>10}{'of matmul':>11}{'compile s':>11}{'peak MiB':>10}",
-    ]
-    for name, numbers in row["variants"].items():
-        rate, share = numbers.get("tflops"), numbers.get("share_of_matmul_rate")
-        products = "".rjust(21) if rate is None else f"{rate:10.2f}{share:11.0%}"
-        peak = numbers.get("gpu_peak_mib", numbers["peak_mib"])
-        lines.append(
-            f"  {name:38}{numbers['images_per_second']:10.1f}{products}{numbers['compile_seconds']:11.1f}{peak:10}"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

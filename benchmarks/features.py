@@ -13,7 +13,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paired import CONTROL, CONTROL_BOUND, Comparison, Prepared, Variant, compare, finish, has_gpu, warmed_up
+from benchmarks.paired import (
+    CONTROL,
+    CONTROL_BOUND,
+    Comparison,
+    Prepared,
+    Variant,
+    compare,
+    finish,
+    has_gpu,
+    throughput,
+    warmed_up,
+)
 
 MODEL = "dinov2_vits14"
 EAGER, OURS = "torch eager", "dinojax"
@@ -82,15 +93,7 @@ def _row(batch: int, found: Comparison) -> dict[str, Any]:
     baseline = min((name for name in found.seconds if name.startswith("torch")), key=found.median)
     control = found.ratio(CONTROL, EAGER)
     tokens = {name: info.pop("cls_token") for name, info in found.info.items()}
-    variants = {}
-    for name, info in found.info.items():
-        rate = batch / found.median(name)
-        tflops = rate * GFLOP_PER_IMAGE / 1000
-        variants[name] = {
-            "images_per_second": round(rate, 2),
-            "tflops": round(tflops, 3),
-            "share_of_matmul_rate": round(tflops / info["matmul_tflops"], 2),
-        } | info
+    flops = batch * GFLOP_PER_IMAGE * 1e9
     return {
         "ratio": found.ratio(OURS, baseline),
         "baseline": baseline,
@@ -98,7 +101,7 @@ def _row(batch: int, found: Comparison) -> dict[str, Any]:
         "control": control,
         "valid": abs(control["median"] - 1) <= CONTROL_BOUND,
         "largest_cls_difference": max(abs(a - b) for a, b in zip(tokens[OURS], tokens[EAGER])),
-        "variants": variants,
+        "variants": {n: throughput(batch, found.median(n), info, flops) for n, info in found.info.items()},
     }
 
 

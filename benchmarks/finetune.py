@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.dino_work import GPU_PROOF_BATCH
-from benchmarks.paired import CONTROL, CONTROL_BOUND, Comparison, Variant, compare, finish, has_gpu
+from benchmarks.paired import CONTROL, CONTROL_BOUND, Comparison, Variant, compare, finish, has_gpu, table, throughput
 
 OURS, EAGER = "dinojax", "torch eager"
 MODES = ("linear", "finetune", "llrd", "lora")
@@ -151,7 +151,7 @@ def measure(works: Sequence[Row], *, gpu: bool, quick: bool, rounds: int) -> dic
             variants = _variants(by_name, folder, gpu=gpu, quick=quick)
             for name, found in compare(variants, list(by_name), control=EAGER, rounds=rounds, progress=_progress):
                 rows[name] = _summary(by_name[name], found)
-                print(_table(by_name[name], rows[name]), flush=True)
+                print(table(name, rows[name]), flush=True)
     return {
         "benchmark": "finetune",
         "ratios": {name: row["ratio"]["median"] for name, row in rows.items()},
@@ -188,14 +188,6 @@ def _summary(work: Row, found: Comparison) -> dict[str, Any]:
     """The numbers of one row; the ratio is to the fastest PyTorch."""
     baseline = min((name for name in found.seconds if name.startswith("torch")), key=found.median)
     control = found.ratio(CONTROL, EAGER)
-    variants = {}
-    for name, info in found.info.items():
-        tflops = work.flops / found.median(name) / 1e12
-        variants[name] = {
-            "images_per_second": round(work.batch / found.median(name), 2),
-            "tflops": round(tflops, 3),
-            "share_of_matmul_rate": round(tflops / info["matmul_tflops"], 2),
-        } | info
     return {
         "ratio": found.ratio(OURS, baseline),
         "baseline": baseline,
@@ -203,26 +195,8 @@ def _summary(work: Row, found: Comparison) -> dict[str, Any]:
         "control": control,
         "valid": abs(control["median"] - 1) <= CONTROL_BOUND,
         "same_work": found.info[baseline]["same_work"],
-        "variants": variants,
+        "variants": {n: throughput(work.batch, found.median(n), info, work.flops) for n, info in found.info.items()},
     }
-
-
-def _table(work: Row, row: dict[str, Any]) -> str:
-    void = "" if row["valid"] else " (VOID: the machine is too noisy)"
-    same = ", ".join(f"{name} {value:g}" for name, value in row["same_work"].items())
-    lines = [
-        f"\n{work.name}: {row['ratio']['median']:.2f}× {row['baseline']}, quartiles {row['ratio']['quartiles']}, "
-        f"control {row['control']['median']:.2f}{void}",
-        f"  same work, differences: {same}",
-        f"  {'variant':38}{'img/s':>10}{'TFLOP/s':>10}{'of matmul':>11}{'compile s':>11}{'peak MiB':>10}",
-    ]
-    for name, numbers in row["variants"].items():
-        lines.append(
-            f"  {name:38}{numbers['images_per_second']:10.1f}{numbers['tflops']:10.3f}"
-            f"{numbers['share_of_matmul_rate']:11.0%}{numbers['compile_seconds']:11.1f}"
-            f"{numbers.get('gpu_peak_mib', numbers['peak_mib']):10}"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ layers. Between the sides parameters go by our names and in our layouts.
 Source: facts about facebookresearch/dinov2 05c66df as in `dinojax.finetune`.
 """
 
-import dataclasses
 import os
 import re
 from collections.abc import Callable
@@ -19,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.dino_work import Arrays, differences, first_steps, product_tflops
+from benchmarks.dino_work import Arrays, differences, first_steps
 from benchmarks.finetune import Recipe, Row
-from benchmarks.paired import Prepared, warmed_up
+from benchmarks.paired import Prepared
 
 Inputs = tuple[Any, Any]  # images and labels
 _TO_OUR_NAMES = (
@@ -128,6 +127,8 @@ def prepare_jax(row: str, works: dict[str, Any], start: str) -> Prepared:
     import jax
     import jax.numpy as jnp
 
+    from benchmarks.jax_dino import timed
+
     work, folder, gpu = Row(**works[row]), Path(start, row), jax.default_backend() == "gpu"
     trainer = OurTrainer(work, work.recipe)
     folder.mkdir()
@@ -140,13 +141,7 @@ def prepare_jax(row: str, works: dict[str, Any], start: str) -> Prepared:
         trainer, first = OurTrainer(work, work.recipe, compute_dtype=dtype), 0.0
     images, labels = random_batch(work, work.batch)
     inputs = jax.device_put((images.astype(dtype), labels))
-    left, right = (jax.random.normal(jax.random.key(0), shape, dtype) for shape in work.product)
-    product = jax.jit(jnp.matmul)
-    rate = product_tflops(work, lambda: product(left, right).block_until_ready())
-    prepared = warmed_up(lambda: trainer.step(inputs), matmul_tflops=rate)
-    if gpu:
-        prepared.info["gpu_peak_mib"] = jax.devices()[0].memory_stats()["peak_bytes_in_use"] >> 20
-    return dataclasses.replace(prepared, compile_seconds=max(prepared.compile_seconds, first - prepared.unit_seconds))
+    return timed(work, lambda: trainer.step(inputs), dtype, first)
 
 
 class TorchTrainer:
@@ -247,7 +242,7 @@ def prepare_torch(row: str, works: dict[str, Any], start: str, mode: str, cudnn:
     """
     import torch
 
-    from benchmarks.torch_dino import _mixed
+    from benchmarks.torch_dino import mixed, timed
 
     work, gpu, folder = Row(**works[row]), torch.cuda.is_available(), Path(start, row)
     device = "cuda" if gpu else "cpu"
@@ -259,22 +254,11 @@ def prepare_torch(row: str, works: dict[str, Any], start: str, mode: str, cudnn:
     same = same_work(work, initial, ours, theirs)
     if gpu:
         torch.set_float32_matmul_precision("high")
-        options = {"context": partial(_mixed, cudnn), "frozen_dtype": torch.bfloat16}
+        options = {"context": partial(mixed, cudnn), "frozen_dtype": torch.bfloat16}
         trainer = TorchTrainer(work, initial, work.recipe, device=device, mode=mode, **options)
         images, labels = to_torch(random_batch(work, work.batch), device)
         inputs, first = (images.bfloat16(), labels), 0.0
-    left, right = (torch.randn(shape, device=device, dtype=inputs[0].dtype) for shape in work.product)
-
-    def finished(function: Callable[[], Any]) -> None:
-        function()
-        if gpu:
-            torch.cuda.synchronize()
-
-    rate = product_tflops(work, lambda: finished(lambda: left @ right))
-    prepared = warmed_up(lambda: finished(lambda: trainer.step(inputs)), matmul_tflops=rate, same_work=same)
-    if gpu:
-        prepared.info["gpu_peak_mib"] = torch.cuda.max_memory_allocated() >> 20
-    return dataclasses.replace(prepared, compile_seconds=max(prepared.compile_seconds, first - prepared.unit_seconds))
+    return timed(work, lambda: trainer.step(inputs), inputs[0], first, same_work=same)
 
 
 def to_torch(inputs: tuple[np.ndarray, np.ndarray], device: str) -> Inputs:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import DTypeLike
 
 from benchmarks.dino_work import (
     GPU_PROOF_BATCH,
@@ -119,11 +121,15 @@ def prepare_step(row: str, start: str, raw: bool = False) -> Prepared:
         inputs = jax.device_put(pictures(work.batch, work.model.img_size))
     else:
         inputs = [jax.device_put(group.astype(dtype)) for group in random_crops(work, work.batch)]
+    return timed(work, lambda: trainer.step(inputs), dtype, first)
+
+
+def timed(work: Any, run: Callable[[], Any], dtype: DTypeLike, first: float) -> Prepared:
+    """`run`, warmed up, beside the rate of products in `dtype`; `first` is how long the first run took, if longer."""
     left, right = (jax.random.normal(jax.random.key(0), shape, dtype) for shape in work.product)
     product = jax.jit(jnp.matmul)
-    rate = product_tflops(work, lambda: product(left, right).block_until_ready())
-    prepared = warmed_up(lambda: trainer.step(inputs), matmul_tflops=rate)
-    if gpu:
+    prepared = warmed_up(run, matmul_tflops=product_tflops(work, lambda: product(left, right).block_until_ready()))
+    if jax.default_backend() == "gpu":
         prepared.info["gpu_peak_mib"] = jax.devices()[0].memory_stats()["peak_bytes_in_use"] >> 20
     return dataclasses.replace(prepared, compile_seconds=max(prepared.compile_seconds, first - prepared.unit_seconds))
 

@@ -134,6 +134,35 @@ def has_gpu() -> bool:
     return "True" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def throughput(batch: int, seconds: float, info: dict[str, Any], flops: float | None = None) -> dict[str, Any]:
+    """What a variant does in a second, as JSON: images and, where `flops` a batch are known, TFLOP."""
+    numbers = {"images_per_second": round(batch / seconds, 2)}
+    if flops is not None:
+        tflops = flops / seconds / 1e12
+        numbers |= {"tflops": round(tflops, 3), "share_of_matmul_rate": round(tflops / info["matmul_tflops"], 2)}
+    return numbers | info
+
+
+def table(name: str, row: dict[str, Any]) -> str:
+    """A row of a benchmark for the eye: its ratio, the proof of equal work, and a line for each variant."""
+    void = "" if row["valid"] else " (VOID: the machine is too noisy)"
+    same = ", ".join(f"{what} {value:g}" for what, value in row["same_work"].items())
+    lines = [
+        f"\n{name}: {row['ratio']['median']:.2f}× {row['baseline']}, quartiles {row['ratio']['quartiles']}, "
+        f"control {row['control']['median']:.2f}, quartiles {row['control']['quartiles']}{void}",
+        f"  same work, differences: {same}",
+        f"  {'variant':38}{'img/s':>10}{'TFLOP/s':>10}{'of matmul':>11}{'compile s':>11}{'peak MiB':>10}",
+    ]
+    for variant, numbers in row["variants"].items():
+        rate, share = numbers.get("tflops"), numbers.get("share_of_matmul_rate")
+        products = "".rjust(21) if rate is None else f"{rate:10.3f}{share:11.0%}"
+        peak = numbers.get("gpu_peak_mib", numbers["peak_mib"])
+        lines.append(
+            f"  {variant:38}{numbers['images_per_second']:10.1f}{products}{numbers['compile_seconds']:11.1f}{peak:10}"
+        )
+    return "\n".join(lines)
+
+
 def finish(result: dict[str, Any], out: Path | None) -> None:
     """Adds the machine, writes the result to `out` if asked, and prints it as the last line."""
     result = result | {"machine": machine()}

@@ -253,19 +253,24 @@ def prepare(row: str, start: str, mode: str, cudnn: bool = False) -> Prepared:
     same = differences(initial, ours, theirs)
     if gpu:
         torch.set_float32_matmul_precision("high")
-        trainer = Trainer(work.model, initial, Recipe(), device=device, mode=mode, context=partial(_mixed, cudnn))
+        trainer = Trainer(work.model, initial, Recipe(), device=device, mode=mode, context=partial(mixed, cudnn))
         crops = [group.bfloat16() for group in to_torch(random_crops(work, work.batch), device)]
         first = 0.0
-    left, right = (torch.randn(shape, device=device, dtype=crops[0].dtype) for shape in work.product)
+    return timed(work, lambda: trainer.step(crops), crops[0], first, same_work=same)
+
+
+def timed(work: Any, run: Callable[[], Any], like: Tensor, first: float, **info: Any) -> Prepared:
+    """`run`, warmed up, beside the rate of products on the device of `like`; `first` as in `jax_dino.timed`."""
+    left, right = (torch.randn(shape, device=like.device, dtype=like.dtype) for shape in work.product)
 
     def finished(function: Callable[[], Any]) -> None:
         function()
-        if gpu:
+        if like.is_cuda:
             torch.cuda.synchronize()
 
     rate = product_tflops(work, lambda: finished(lambda: left @ right))
-    prepared = warmed_up(lambda: finished(lambda: trainer.step(crops)), matmul_tflops=rate, same_work=same)
-    if gpu:
+    prepared = warmed_up(lambda: finished(run), matmul_tflops=rate, **info)
+    if like.is_cuda:
         prepared.info["gpu_peak_mib"] = torch.cuda.max_memory_allocated() >> 20
     return dataclasses.replace(prepared, compile_seconds=max(prepared.compile_seconds, first - prepared.unit_seconds))
 
@@ -275,7 +280,7 @@ def to_torch(groups: Sequence[np.ndarray], device: str) -> list[Tensor]:
     return [torch.from_numpy(group).flatten(0, 1).permute(0, 3, 1, 2).to(device) for group in groups]
 
 
-def _mixed(cudnn: bool) -> AbstractContextManager:
+def mixed(cudnn: bool) -> AbstractContextManager:
     """Autocast to bfloat16; with `cudnn`, attention by cuDNN first."""
     stack = ExitStack()
     stack.enter_context(torch.autocast("cuda", torch.bfloat16))
