@@ -66,6 +66,8 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
         UserError: no weights were published under `name`, or the download failed.
     """
     source = SOURCES.get(name)
+    if shipped_folder(name):
+        raise UserError(f"{name} comes with dinojax, converted: load_pretrained({name!r}), or --weights {name}")
     if source is None:
         raise UserError(f"no weights were published for {name}; published are {', '.join(SOURCES)}")
     import_torch()  # before minutes of download, not after

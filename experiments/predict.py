@@ -42,7 +42,7 @@ class Config:
     weights: str | None = None
     """Where the backbone of the run is now, if it was moved."""
     batch_size: int | None = None
-    """Images per forward pass. Default: 8 on a CPU, 256 on a GPU or TPU."""
+    """Images per forward pass. Default: what the cache of a CPU holds, 256 on a GPU or TPU."""
     out: Path | None = None
     """The folder to write to. Default: RUN/predictions/<date-time>."""
     cache_dir: Path = Path("~/.cache/dinojax")

@@ -44,7 +44,7 @@ class EvaluationConfig:
     max_test: int | None = None
     """Likewise for test images."""
     batch_size: int | None = None
-    """Images per forward pass. Default: 8 on a CPU, 256 on a GPU or TPU."""
+    """Images per forward pass. Default: what the cache of a CPU holds, 256 on a GPU or TPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the model computes in; auto is float32 on a CPU and bfloat16 elsewhere."""
     epochs: int = 100
