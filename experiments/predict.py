@@ -56,7 +56,7 @@ def run(config: Config) -> dict[str, "Prediction"]:
         UserError: no images, no such run or classifier, or a backbone that is not the run's.
     """
     from experiments.harness import records
-    from experiments.harness.classifiers import TITLES, load_classifiers, read_index
+    from experiments.harness.classifiers import FINETUNED, TITLES, load_classifiers, read_index
     from experiments.harness.result_figures import save_answers
 
     require_positive(config, ["batch_size"])
@@ -69,11 +69,11 @@ def run(config: Config) -> dict[str, "Prediction"]:
     with records.run_folder(out) as partial:
         features = _features(config, index, split)
         found = {classifier.name: classifier.predict(features) for classifier in classifiers}
-        class_names = index["class_names"]
+        class_names, titles = index["class_names"], TITLES | {FINETUNED: "fine-tuned"}
         _write_csv(partial / "predictions.csv", split, found, class_names)
         drawn = range(min(_DRAWN, len(split)))
         answers = [
-            [(TITLES[name], class_names[p.classes[i]], float(p.confidence[i])) for name, p in found.items()]
+            [(titles[name], class_names[p.classes[i]], float(p.confidence[i])) for name, p in found.items()]
             for i in drawn
         ]
         title = f"{index['weights']}{_untrained(index)}, {index['image_size']} px"

@@ -32,7 +32,7 @@ def pytest_unconfigure() -> None:
 @pytest.fixture
 def record_difference(record_property) -> Callable[[str, str, float], None]:
     """Keeps a difference from PyTorch, of a model and an output, to be printed at the end of the run."""
-    return lambda model, output, difference: record_property("difference", (model, output, difference))
+    return lambda model, output, difference: record_property("difference", (model, output, float(difference)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -27,8 +27,8 @@ TITLES = {
     "mlp": "MLP, file order",
     "mlp_shuffled": "MLP, shuffled",
     "svc": "SVC, RBF",
-    "finetuned": "fine-tuned",
 }
+FINETUNED = "finetuned"  # what `finetune_folder` leaves: a head on the backbone it was trained with
 INDEX_FILE = "classifiers.json"
 _ROWS = 2048  # images compared with all support vectors at once
 _NEIGHBOURS_FILE = "training_features.safetensors"  # shared by both k-NN classifiers

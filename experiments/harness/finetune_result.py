@@ -13,7 +13,7 @@ import dinojax
 from dinojax.finetune import MODES
 from dinojax.finetune import Classifier as TunedClassifier
 from experiments.harness import records
-from experiments.harness.classifiers import Classifier, Prediction, save_classifiers
+from experiments.harness.classifiers import FINETUNED, Classifier, Prediction, save_classifiers
 from experiments.harness.features import fingerprint
 from experiments.harness.figures import BLUE, GREEN, INK, ORANGE, RED, save_figure, style
 from experiments.harness.finetune_config import FinetuneConfig
@@ -23,7 +23,6 @@ from experiments.harness.result_figures import save_confusion
 from experiments.harness.run_log import read_log
 
 MODEL, PREDICTIONS, CONFUSION, CURVES = "model", "predictions.csv", "confusion.png", "curves.png"
-NAME = "finetuned"  # of the classifier that `experiments.predict` reads
 _COLORS = dict(zip(MODES, (BLUE, ORANGE, GREEN, RED)))
 
 
@@ -168,7 +167,7 @@ def _save_model(folder: Path, config: FinetuneConfig, task: Task, tuned: TunedCl
         "class_names": list(task.images.class_names),
         "protocol": config.protocol,
     }
-    save_classifiers(folder, [Classifier(NAME, head, settings)], description)
+    save_classifiers(folder, [Classifier(FINETUNED, head, settings)], description)
 
 
 def _save_curves(path: Path, logs: Mapping[str, list], found: Mapping[str, Mapping[str, Any]]) -> None:
