@@ -62,6 +62,10 @@ def run(config: Config) -> dict[str, "Prediction"]:
     require_positive(config, ["batch_size"])
     folder = config.run.expanduser()
     index = read_index(folder)
+    if "normalisation" not in index:
+        raise UserError(
+            f"{folder}/classifiers.json is of an earlier version, which kept no normalisation; repeat that run"
+        )
     names = None if config.classifiers == "all" else [name.strip() for name in config.classifiers.split(",")]
     classifiers = load_classifiers(folder, names)
     split = _images(config.image.expanduser())

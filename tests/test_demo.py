@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from experiments.demo import Config, run
 from experiments.harness.backbones import load_backbone
 
 
+@pytest.mark.slow
 def test_the_demo_trains_draws_and_leaves_weights(tmp_path, capsys):
     accuracies = run(Config(epochs=2, out=tmp_path / "demo"))
     said = capsys.readouterr().out

@@ -123,6 +123,7 @@ def test_the_evaluation_follows_the_training_and_is_made_up_for(uninterrupted, t
     assert (folder / "evaluation" / "result.json").stat().st_mtime_ns == shown
 
 
+@pytest.mark.slow
 def test_however_many_steps_a_dispatch_the_run_is_the_same(uninterrupted, tmp_path):
     """XLA fuses a loop's body differently than one step alone, so to rounding only."""
     folder = pretrain(settings(out=tmp_path / "run", steps_per_dispatch=2))

@@ -94,7 +94,7 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
 
 
-@pytest.mark.parametrize("drop_path_rate", [0.0, 0.3])
+@pytest.mark.parametrize("drop_path_rate", [0.0, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_many_steps_from_pixels_are_single_ones(images, drop_path_rate):
     _, state, step = make(drop_path_rate)
     key = jax.random.key(7)

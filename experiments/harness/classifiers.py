@@ -107,17 +107,14 @@ def read_index(folder: Path) -> dict[str, Any]:
     """What `save_classifiers` wrote beside the arrays.
 
     Raises:
-        UserError: the folder holds no classifiers, or those of an earlier version.
+        UserError: the folder holds no classifiers.
     """
     try:
-        index = json.loads((folder / INDEX_FILE).read_text())
+        return json.loads((folder / INDEX_FILE).read_text())
     except FileNotFoundError as error:
         raise UserError(f"--run {folder} holds no {INDEX_FILE}; name a folder that cifar10_probe made") from error
     except ValueError as error:
         raise UserError(f"{folder / INDEX_FILE} is damaged ({error}); repeat that run") from error
-    if "normalisation" not in index:
-        raise UserError(f"{folder / INDEX_FILE} is of an earlier version, which kept no normalisation; repeat that run")
-    return index
 
 
 def load_classifiers(folder: Path, names: Sequence[str] | None = None) -> list[Classifier]:
