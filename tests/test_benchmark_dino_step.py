@@ -17,6 +17,8 @@ from converters.torch_to_flax import official_parameters
 MODEL = dino_work.Model(
     img_size=16, patch_size=4, prototypes=24, embed_dim=12, depth=2, num_heads=3, hidden_dim=32, bottleneck_dim=16
 )
+
+pytestmark = pytest.mark.slow  # minutes of compilation; run by make test-all
 ROW = dino_work.StepRow(MODEL, local_size=8, batch=3)
 # So tight a clip touches most tensors.
 RECIPE = dino_work.Recipe(clip_norm=0.01)

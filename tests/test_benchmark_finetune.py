@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import dino_work, finetune
 from benchmarks.finetune_work import OurTrainer, TorchTrainer, random_batch, same_work, to_torch
 
+pytestmark = pytest.mark.slow  # minutes of compilation; run by make test-all
+
 ROOT = Path(__file__).parent.parent
 # The position table is of another size than the images, as in ViT-S/14.
 TINY = {"classes": 5, "img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
