@@ -34,11 +34,12 @@ def test_digits_are_all_of_them_split_by_class():
     assert len(digits.train) + len(digits.test) == 1797
     assert set(digits.train.ids).isdisjoint(digits.test.ids)
     share = np.bincount(digits.test.labels) / np.bincount(scans.target)
-    np.testing.assert_allclose(share, 0.2, atol=0.01)
+    # A fifth of each class but for rounding to whole images, of which the smallest class has 174: 0.0023 measured.
+    np.testing.assert_allclose(share, 0.2, atol=0.5 / 174)
     image = digits.test.read(5)
     scan = int(digits.test.ids[5])
     assert image.shape == (8, 8, 3)
-    np.testing.assert_allclose(image[..., 1], scans.images[scan] / 16 * 255, atol=0.5)
+    np.testing.assert_array_equal(image[..., 1], np.rint(scans.images[scan] * (255 / 16)))
     assert digits.test.labels[5] == scans.target[scan]
 
 

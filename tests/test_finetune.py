@@ -287,12 +287,15 @@ def test_the_first_head_and_the_first_factors():
     config = ViTConfig(embed_dim=192, num_heads=3, depth=1)
     backbone = nnx.eval_shape(lambda: VisionTransformer(config, rngs=nnx.Rngs(0)))
     model = Classifier(backbone, 100, rngs=nnx.Rngs(1))
-    assert np.std(model.head.kernel) == pytest.approx(0.01, rel=0.03)
+    sampling_error = (2 * model.head.kernel.size) ** -0.5  # relative, of a deviation of so many normal numbers
+    assert np.std(model.head.kernel) == pytest.approx(0.01, rel=4 * sampling_error)
     assert not model.head.bias[...].any()
     factors = dotted(split_parameters(model, "lora", lora_rank=32, key=jax.random.key(0))[0])
     qkv, proj = (factors[f"backbone.blocks.0.attn.{name}.a"] for name in ("qkv", "proj"))
-    assert np.abs(qkv).max() == pytest.approx(192**-0.5, rel=1e-3)
-    assert np.std(qkv) == pytest.approx((3 * 192) ** -0.5, rel=0.03)
+    # Of n uniform numbers the largest falls short of the bound by a share of about 1 / n; their deviation errs by
+    # √(0.2 / n).
+    assert np.abs(qkv).max() == pytest.approx(192**-0.5, rel=10 / qkv.size)
+    assert np.std(qkv) == pytest.approx((3 * 192) ** -0.5, rel=4 * (0.2 / qkv.size) ** 0.5)
     assert abs(np.corrcoef(qkv.ravel(), proj.ravel())[0, 1]) < 0.1, "each layer has a draw of its own"
 
 
@@ -335,8 +338,8 @@ def test_a_network_in_bfloat16_leaves_state_and_loss_in_float32():
         assert {x.dtype for x in jax.tree.leaves(found)} <= {np.dtype("float32"), np.dtype("int32")}, mode
     half = jax.jit(make_logits(model, compute_dtype=jnp.bfloat16))(*split(model, "linear"), IMAGES)
     assert half.dtype == jnp.bfloat16
-    # It keeps 8 bits: the logits differ, but by no more than that explains.
-    np.testing.assert_allclose(np.asarray(half, np.float32), run(model, IMAGES), rtol=0, atol=0.1)
+    # It keeps 8 bits, 2⁻⁸ of logits up to 0.63, a few roundings in a row: 0.0037 measured.
+    np.testing.assert_allclose(np.asarray(half, np.float32), run(model, IMAGES), rtol=0, atol=0.008)
 
 
 def test_a_frozen_backbone_costs_no_backward():

@@ -227,7 +227,7 @@ def test_nothing_in_a_figure_overlaps_and_images_keep_their_aspect(tmp_path, mon
         assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
         for axes in panels:
             box = axes.get_window_extent()
-            assert box.width / box.height == pytest.approx(width / height, rel=1e-3)
+            assert box.width / box.height == pytest.approx(width / height, rel=1e-9)
 
 
 def test_heads_are_told_apart():

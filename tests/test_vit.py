@@ -120,8 +120,8 @@ def test_the_model_computes_in_the_dtype_of_its_parameters():
     half = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state))
     found, expected = half(images()), model(V2)(images())
     assert {array.dtype for array in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
-    # bfloat16 has 8 bits: 2⁻⁸ of values of size one to four, a few roundings in a row.
-    np.testing.assert_allclose(np.asarray(found.cls_token, np.float32), expected.cls_token, atol=0.05)
+    # bfloat16 has 8 bits: 2⁻⁸ of values up to 1.7, a few roundings in a row; 0.0165 measured.
+    np.testing.assert_allclose(np.asarray(found.cls_token, np.float32), expected.cls_token, atol=0.03)
 
 
 def test_initial_values_are_upstreams():
@@ -131,10 +131,13 @@ def test_initial_values_are_upstreams():
         assert np.std(params[name]) == pytest.approx(0.02, rel=4 * sampling_error)
     assert not params["blocks.0.attn.qkv.bias"].any()
     bound = (3 * 16 * 16) ** -0.5
-    assert np.abs(params["patch_embed.proj.kernel"]).max() == pytest.approx(bound, rel=1e-3)
+    # The largest of n uniform numbers falls short of the bound by a share of about 1 / n.
+    kernel = np.abs(params["patch_embed.proj.kernel"])
+    assert kernel.max() == pytest.approx(bound, rel=10 / kernel.size)
     assert np.abs(params["patch_embed.proj.bias"]).max() <= bound
     head = named_parameters(DINOHead(64, 1000, hidden_dim=96, bottleneck_dim=32, rngs=nnx.Rngs(0)))
-    assert np.abs(head["last_layer.weight_v"]).max() == pytest.approx(32**-0.5, rel=1e-3)
+    prototypes = np.abs(head["last_layer.weight_v"])
+    assert prototypes.max() == pytest.approx(32**-0.5, rel=10 / prototypes.size)
     assert (head["last_layer.weight_g"] == 1).all()
 
 

@@ -16,7 +16,7 @@ def recipes(
     Args:
         command: the command's name.
         data: what it learns from unless --data says otherwise.
-        image_size: side of the global crops of `small` and `smoke` in pixels; local crops have half of it.
+        image_size: side of the global crops in pixels, but of `seed` and `notebook`; local crops have half of it.
         patch_size: likewise, of their patches.
         scales: likewise, the shares of the image that their global and local crops cover.
     """
@@ -57,12 +57,17 @@ def recipes(
         teacher_momentum_end=0.996,
         recipe="notebook",
     )
+    return {one.recipe: one for one in (small, seed, notebook, *_on_a_cpu(small))}
+
+
+def _on_a_cpu(small: PretrainConfig) -> tuple[PretrainConfig, PretrainConfig]:
+    """smoke and cpu, made from `small`."""
     # 200 steps: few tokens, the authors' learning rate, a teacher that follows within them.
     smoke = dataclasses.replace(
         small,
         max_train=2_000,
         max_test=2_000,
-        patch_size=image_size // 4,
+        patch_size=small.crops.global_size // 4,
         depth=2,
         head_hidden_dim=512,
         crops=dataclasses.replace(small.crops, local_crops=2, blur_probabilities=(0.0, 0.0, 0.0)),
@@ -82,7 +87,7 @@ def recipes(
         smoke,
         max_train=None,
         max_test=None,
-        patch_size=patch_size,
+        patch_size=small.patch_size,
         embed_dim=128,
         depth=4,
         num_heads=4,
@@ -97,4 +102,4 @@ def recipes(
         knn_images=8_000,
         recipe="cpu",
     )
-    return {one.recipe: one for one in (small, seed, notebook, smoke, cpu)}
+    return smoke, cpu

@@ -1,5 +1,6 @@
 """Images of any shape made squares of one size, with torchvision's arithmetic on Pillow; and splits of such squares."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -70,13 +71,12 @@ def reduced(split: Split, root: Path, side: int) -> Split:
     folder = root.expanduser()
 
     def read(index: int) -> Pixels:
-        try:
-            with Image.open(folder / split.ids[index]) as image:
-                if image.format == "JPEG":
-                    image.draft(None, (2 * side, 2 * side))
-                    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            pass  # the whole image is read below, or it is said what is wrong with it
+        # What cannot be read this way is read whole below, or it is said there what is wrong with it.
+        unreadable = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+        with contextlib.suppress(*unreadable), Image.open(folder / split.ids[index]) as image:
+            if image.format == "JPEG":
+                image.draft(None, (2 * side, 2 * side))
+                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         return split.read(index)
 
     return dataclasses.replace(split, read=read, fingerprint=digest(split.fingerprint, f"reduced JPEG, {side} px"))
