@@ -21,10 +21,10 @@ demo: $(INSTALLED)  ## probe the bundled digits, then pretrain on them, from com
 	$(BIN)/python -m experiments.demo --out runs/demo-dino
 
 test: $(INSTALLED) lint  ## every test that needs no network and a few minutes
-	$(BIN)/python -m pytest --numprocesses 2 -m 'not network and not slow'
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not network and not slow'
 
 test-all: $(INSTALLED) lint  ## also the slow tests
-	$(BIN)/python -m pytest --numprocesses 2 -m 'not network'
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not network'
 
 test-network: $(INSTALLED)  ## also the official checkpoints, downloaded
 	$(BIN)/python -m pytest -m network

@@ -155,6 +155,7 @@ class TorchTrainer:
         mode: "eager", or how `torch.compile` compiles model and loss.
         context: entered around the forward pass, for instance autocast.
         frozen_dtype: of the parameters that do not train; None leaves them as they are.
+        part: images that go forward and back at a time; None takes the whole batch.
     """
 
     def __init__(
@@ -167,10 +168,11 @@ class TorchTrainer:
         mode: str = "eager",
         context: Callable[[], AbstractContextManager] = nullcontext,
         frozen_dtype: Any = None,
+        part: int | None = None,
     ):
         import torch
 
-        self.row, self.recipe, self.mode, self.context, self.count = row, recipe, mode, context, 0
+        self.row, self.recipe, self.mode, self.context, self.part, self.count = row, recipe, mode, context, part, 0
         self.network = _torch_network(row, recipe)
         named = {_our_name(name): parameter for name, parameter in self.network.named_parameters()}
         with torch.no_grad():
@@ -196,9 +198,12 @@ class TorchTrainer:
 
         if self.mode != "eager":  # CUDA graphs may use the last step's memory again
             torch.compiler.cudagraph_mark_step_begin()
-        with self.context():
-            loss = self.loss(*inputs)
-        loss.backward()
+        batch, losses = len(inputs[0]), []
+        for images, labels in zip(*(array.split(self.part or batch) for array in inputs)):
+            with self.context():
+                loss = self.loss(images, labels) * (len(images) / batch)
+            loss.backward()
+            losses.append(loss.detach())
         gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         self.optimizer.step()
@@ -208,7 +213,7 @@ class TorchTrainer:
                 decay = min(self.recipe.ema_decay, (1 + self.count) / (10 + self.count))
                 torch._foreach_lerp_(list(self.average.values()), list(self.trained.values()), 1 - decay)
         self.count += 1
-        return loss.detach(), norm
+        return sum(losses), norm
 
     def parameters(self) -> dict[str, np.ndarray]:
         """As `OurTrainer.parameters`."""
@@ -228,7 +233,9 @@ class TorchTrainer:
         return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
 
 
-def prepare_torch(row: str, works: dict[str, Any], start: str, mode: str, cudnn: bool = False) -> Prepared:
+def prepare_torch(
+    row: str, works: dict[str, Any], start: str, mode: str, cudnn: bool = False, part: int | None = None
+) -> Prepared:
     """PyTorch's step; first it proves that its work is ours, whose side wrote its results to the folder `start`.
 
     On a GPU the proof is in float32, the timed step in bfloat16 autocast, with TF32 for what remains in float32.
@@ -239,6 +246,7 @@ def prepare_torch(row: str, works: dict[str, Any], start: str, mode: str, cudnn:
         start: the folder.
         mode: "eager", or a mode of `torch.compile`.
         cudnn: attention by cuDNN where it can; otherwise as PyTorch chooses.
+        part: as for `TorchTrainer`.
     """
     import torch
 
@@ -248,7 +256,7 @@ def prepare_torch(row: str, works: dict[str, Any], start: str, mode: str, cudnn:
     device = "cuda" if gpu else "cpu"
     torch.set_num_threads(os.cpu_count())
     initial, ours = (dict(np.load(folder / name)) for name in ("weights.npz", "ours.npz"))
-    trainer = TorchTrainer(work, initial, work.recipe, device=device, mode="eager" if gpu else mode)
+    trainer = TorchTrainer(work, initial, work.recipe, device=device, mode="eager" if gpu else mode, part=part)
     inputs = to_torch(random_batch(work, work.proof_batch(gpu)), device)
     theirs, first = first_steps(trainer, inputs)
     same = same_work(work, initial, ours, theirs)

@@ -41,17 +41,18 @@ def ours():
     return found
 
 
-def differences(ours, mode, **changes):
+def differences(ours, mode, part=None, **changes):
     """Between our first steps and PyTorch's with other constants."""
     row, (initial, expected) = ROWS[mode], ours[mode]
-    trainer = TorchTrainer(row, initial, dataclasses.replace(row.recipe, **changes))
+    trainer = TorchTrainer(row, initial, dataclasses.replace(row.recipe, **changes), part=part)
     found = dino_work.first_steps(trainer, to_torch(random_batch(row, row.batch), "cpu"))[0]
     return same_work(row, initial, expected, found)
 
 
+@pytest.mark.parametrize("part", [None, 2], ids=["whole", "in unequal parts"])
 @pytest.mark.parametrize("mode", finetune.MODES)
-def test_the_torch_step_is_ours(ours, mode):
-    found = differences(ours, mode)
+def test_the_torch_step_is_ours(ours, mode, part):
+    found = differences(ours, mode, part)
     assert max(found.values()) < 1e-4
     assert ("teacher" in found) == (mode == "llrd")
     trained = {name.removeprefix("student.") for name in ours[mode][1] if name.startswith("student.")}

@@ -234,7 +234,9 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
         pretrain(settings(out=tmp_path / "letter.txt"))
 
 
-def test_images_of_several_sizes_need_a_size(tmp_path):
+@pytest.fixture
+def of_several_sizes(tmp_path):
+    """Settings of a training on 8 images of four sizes."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for name in ("cat", "dog"):
@@ -242,10 +244,18 @@ def test_images_of_several_sizes_need_a_size(tmp_path):
             for i in range(4):
                 pixels = rng.integers(0, 256, (10 + 2 * i, 14, 3), np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
-    config = settings(data=str(tmp_path / "data"), max_train=None, max_test=None, batch_size=4, epochs=1)
+    data, out = str(tmp_path / "data"), tmp_path / "run"
+    return settings(data=data, out=out, max_train=None, max_test=None, batch_size=4, epochs=1)
+
+
+def test_images_of_several_sizes_need_a_size(of_several_sizes):
     with pytest.raises(UserError, match=r"several sizes \(10×14 and 12×14 px\); give --image-size"):
-        pretrain(dataclasses.replace(config, out=tmp_path / "run"))
-    folder = pretrain(dataclasses.replace(config, out=tmp_path / "sized", image_size=12, own_statistics=True))
+        pretrain(of_several_sizes)
+
+
+@pytest.mark.slow
+def test_images_are_brought_to_one_size(of_several_sizes):
+    folder = pretrain(dataclasses.replace(of_several_sizes, image_size=12, own_statistics=True))
     assert json.loads((folder / "result.json").read_text())["images"] == 8
 
 
