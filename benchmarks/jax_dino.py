@@ -24,7 +24,7 @@ from benchmarks.dino_work import (
     random_crops,
 )
 from benchmarks.paired import Prepared, warmed_up
-from converters.torch_to_flax import official_parameters
+from converters.torch_to_flax import to_torch
 from dinojax.augment import MultiCropConfig, draw_views, multi_crop
 from dinojax.head import DINOHead
 from dinojax.optim import dino_optimizer
@@ -80,7 +80,7 @@ class Trainer:
         """Student, teacher and center as `dino_work.differences` takes them."""
         found = {"center": np.asarray(self.state.center)}
         for which in ("student", "teacher"):
-            network = official_parameters(nnx.merge(self.graphdef, getattr(self.state, which)))
+            network = to_torch(nnx.merge(self.graphdef, getattr(self.state, which)))
             found |= {f"{which}.{name}": array for name, array in network.items()}
         return found
 
@@ -108,7 +108,7 @@ def prepare_step(row: str, start: str, raw: bool = False) -> Prepared:
     trainer, first = None, 0.0
     if not (folder / "weights.npz").exists():
         model = build(work.model)
-        np.savez(folder / "weights.npz", **official_parameters(model))
+        np.savez(folder / "weights.npz", **to_torch(model))
         trainer = Trainer(model, Recipe())
         with jax.default_matmul_precision("highest" if gpu else None):
             results, first = first_steps(trainer, random_crops(work, GPU_PROOF_BATCH if gpu else work.batch))

@@ -2,8 +2,11 @@
 
 A variant is a function `prepare(row=…, **arguments) -> Prepared` in a module that only its own process imports: PyTorch
 and JAX never share one. For each row of a benchmark the parent process asks the variants in turn for one timed stretch
-of work, in an order that rotates from round to round, and takes the median of the ratios within the rounds. One variant
+of work, in an order that changes from round to round, and takes the median of the ratios within the rounds. One variant
 runs twice, under another name; its ratio to itself must be near one, or the row says nothing.
+
+On a CPU every variant keeps the memory it frees, as our training commands do. Otherwise both sides spend part of each
+step on new pages, how much depends on what the other processes hold, and the control reads anything up to 1.1.
 """
 
 import dataclasses
@@ -20,6 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from experiments.harness.host_memory import keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
 CONTROL = "A/A control"
@@ -101,11 +106,18 @@ def compare(
             times: dict[str, list[float]] = {name: [] for name in names}
             for turn in range(rounds):
                 progress(f"{row}: round {turn + 1} of {rounds}")
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                for name in _order(names, turn):
                     answer = _ask(workers[name], name, "run")
                     times[name].append(answer["seconds"])
                     info[name]["peak_mib"] = answer["peak_mib"]
             yield row, Comparison(times, info)
+
+
+def _order(names: list[str], turn: int) -> list[str]:
+    """Every round begins with another variant; every other one goes backwards, so that neighbours change as well."""
+    first = turn % len(names)
+    rotated = names[first:] + names[:first]
+    return rotated if turn % 2 == 0 else rotated[::-1]
 
 
 def machine() -> dict[str, Any]:
@@ -123,7 +135,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
         "date": time.strftime("%Y-%m-%d"),
-        "allocator": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+        "allocator": " ".join(["freed memory kept", os.environ.get("GLIBC_TUNABLES", "")]).strip(),
         "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }
 
@@ -180,9 +192,7 @@ def _worker(variant: Variant) -> Iterator[subprocess.Popen]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        # Large pages for both sides: without them either allocator may spend a third of the time in page faults. Where
-        # the system runs short of them the first process gets most, and the control shows it: set hugetlb=0 then.
-        env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TOKENIZERS_PARALLELISM": "false"} | os.environ,
+        env={"TOKENIZERS_PARALLELISM": "false"} | os.environ,
     )
     try:
         yield process
@@ -202,6 +212,7 @@ def _ask(process: subprocess.Popen, name: str, request: Any) -> dict[str, Any]:
 
 def _serve(prepare: str, arguments: dict[str, Any]) -> None:
     """The child's side: prepares a row, then answers each request to run it with the seconds a unit took."""
+    keep_freed_memory()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not be read as an answer
     module, function = prepare.split(":")

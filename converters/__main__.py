@@ -1,4 +1,4 @@
-"""`python -m converters NAME|FILE`: PyTorch weights → a folder that `dinojax.load` reads, proven on request."""
+"""`python -m converters NAME|FILE|FOLDER`: PyTorch weights → a folder that `dinojax.load` reads, or back, proven."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from converters.export import export, raise_unless_new
 from converters.pretrained import (
     convert,
     describe,
@@ -18,33 +19,40 @@ from converters.pretrained import (
     variant,
 )
 from converters.state_dicts import num_heads_beside, read_state_dict
+from converters.torch_to_flax import to_torch
 from dinojax.errors import UserError, exit_on_user_error
-from dinojax.model_files import is_model_folder, named_parameters
+from dinojax.model_files import is_model_folder, load, named_parameters, shipped_folder
 from dinojax.variants import VARIANTS
 from dinojax.vit import VisionTransformer
 
-_DESCRIPTION = """Converts DINO and DINOv2 weights from PyTorch to Flax.
+_DESCRIPTION = """Converts DINO and DINOv2 weights from PyTorch to Flax, and models of dinojax to PyTorch.
 
   python -m converters dinov2_vits14            download the official file, convert it, keep the result in the cache
   python -m converters dinov2_vits14 --verify   the same, and compare every output with PyTorch first
   python -m converters checkpoint.pth           convert a file of your own into the folder checkpoint-flax beside it
   python -m converters model.safetensors --name dinov2_vitb14   refuse it unless it is a ViT-B/14
+  python -m converters runs/mine/teacher --out teacher.pth      a trained model, under the official names
 
-Afterwards: model = dinojax.load(FOLDER), or converters.load_pretrained(NAME). Exit code 0 is success, 1 a difference
-above the bound under --verify (nothing is written then), 2 a mistake that the message explains."""
+Afterwards: model = dinojax.load(FOLDER), or converters.load_pretrained(NAME); in PyTorch
+torch.hub.load("facebookresearch/dinov2", NAME, pretrained=False).load_state_dict(torch.load(FILE)).
+
+Exit code 0 is success, 1 a difference above the bound under --verify (nothing is written then), 2 a mistake that the
+message explains."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What to convert, and where to."""
 
-    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|FILE")]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|FILE|FOLDER")]
     """A published model by its torch.hub name (dino_vits16 … dinov2_vitg14_reg); or a .pth or .safetensors file, also
-    a training checkpoint; or a Hugging Face folder."""
+    a training checkpoint; or a Hugging Face folder. From a folder that dinojax wrote, or dinojax_vitt, the model inside
+    the package, it goes back to PyTorch."""
     out: Path | None = None
-    """Folder to write. Default: the cache for a NAME; for a FILE a folder beside it, named FILE-flax."""
+    """Folder to write. Default: the cache for a NAME; for a FILE a folder beside it, named FILE-flax. Back to PyTorch:
+    the .pth or .safetensors file to write."""
     name: str | None = None
-    """For a FILE: the model it must be. Without it the architecture is read off the shapes."""
+    """For a FILE or FOLDER: the model it must be. Without it the architecture is read off the shapes."""
     which: Literal["teacher", "student"] = "teacher"
     """For a training checkpoint: the network to take. DINO's results are the teacher's."""
     num_heads: int | None = None
@@ -63,6 +71,9 @@ def run(config: Config) -> bool:
         raise UserError(f"--num-heads {config.num_heads} is not a positive number")
     if config.name is not None:
         variant(config.name)
+    folder = shipped_folder(config.source) or Path(config.source).expanduser()
+    if is_model_folder(folder):
+        return _export(config, folder)
     is_file = config.source not in VARIANTS
     if is_file and not Path(config.source).expanduser().exists() and not any(c in config.source for c in "./\\"):
         variant(config.source)  # most likely a misspelt name: its error suggests others
@@ -99,8 +110,6 @@ def _convert_published(config: Config) -> bool:
 
 def _convert_file(config: Config) -> bool:
     file = Path(config.source).expanduser()
-    if is_model_folder(file):
-        raise UserError(f"{file} is converted already; dinojax.load reads it")
     folder = config.out or file.with_name(f"{file.name if file.is_dir() else file.stem}-flax")
     _raise_if_foreign(folder)
     checkpoint = read_state_dict(file)
@@ -111,6 +120,29 @@ def _convert_file(config: Config) -> bool:
         return False
     store(model, folder, describe(file) | {"which": config.which})
     _print_model(file.name, model, folder)
+    return True
+
+
+def _export(config: Config, folder: Path) -> bool:
+    if config.out is None:
+        raise UserError(
+            f"{folder} is converted already: dinojax.load reads it, and --out FILE.pth or FILE.safetensors writes it "
+            "for PyTorch"
+        )
+    if config.num_heads is not None:
+        raise UserError(
+            f"--num-heads {config.num_heads} beside {folder}, which knows its own: --num-heads is for files"
+        )
+    file = config.out.expanduser()
+    raise_unless_new(file)
+    model = load(folder)
+    if config.name is not None:
+        raise_unless_architecture(model, config.name, str(folder))
+    state = to_torch(model)
+    if config.verify and not _equals_pytorch(model, state, config):
+        return False
+    export(state, file)
+    print(f"{folder}: {sum(array.size for array in state.values()):,} parameters, written to {file} for PyTorch")
     return True
 
 

@@ -1,4 +1,4 @@
-"""Official PyTorch state dicts → Flax modules: names and transposes, strict about both.
+"""Official PyTorch state dicts → Flax modules, and back: names and transposes, strict about both.
 
 Three rules turn an official tensor into ours, since parameter paths are upstream's: a 4-D `weight` becomes `kernel`,
 OIHW → HWIO; a 2-D `weight` becomes `kernel`, transposed; a 1-D `weight` becomes `scale`. All other names and layouts
@@ -100,8 +100,11 @@ def fill(module: nnx.Module, state: Mapping[str, np.ndarray]) -> nnx.Module:
     )
 
 
-def official_parameters(module: nnx.Module) -> dict[str, np.ndarray]:
-    """The inverse of `fill`: every parameter under its official name and in torch's layout."""
+def to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
+    """Every parameter of a backbone or head under its official name and in torch's layout: the inverse of `from_torch`.
+
+    Upstream's modules take it by `load_state_dict`, with `torch.tensor` around each array.
+    """
     params = nnx.to_flat_state(nnx.state(module, nnx.Param))
     rules = ((_rule(path, param.shape), param) for path, param in params)
     return {rule.name: np.asarray(param[...]).transpose(np.argsort(rule.axes)) for rule, param in rules}

@@ -16,6 +16,7 @@ import tyro
 
 from dinojax.augment import MultiCropConfig
 from dinojax.errors import exit_on_user_error
+from experiments.harness.host_memory import keep_freed_memory
 from experiments.harness.pretrain_config import PretrainConfig
 
 # In a training of so few steps the teacher must follow within them, and be sharp from the first.
@@ -118,6 +119,7 @@ def draw_attention(folder: Path) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
+    keep_freed_memory()
     with exit_on_user_error():
         run(tyro.cli(Config, args=args, description=__doc__))
 

@@ -21,10 +21,12 @@ import tyro
 
 from dinojax.errors import exit_on_user_error
 from experiments.harness.finetune_config import FinetuneConfig
+from experiments.harness.host_memory import keep_freed_memory
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
+    keep_freed_memory()
     with exit_on_user_error():
         config = tyro.cli(FinetuneConfig, args=args, description=__doc__)
         from experiments.harness.finetune_run import finetune

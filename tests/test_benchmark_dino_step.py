@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import dino_work, jax_dino, pillow_crops, torch_dino
-from converters.torch_to_flax import official_parameters
+from converters.torch_to_flax import to_torch
 
 MODEL = dino_work.Model(
     img_size=16, patch_size=4, prototypes=24, embed_dim=12, depth=2, num_heads=3, hidden_dim=32, bottleneck_dim=16
@@ -35,7 +35,7 @@ def ours(crops) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     with jax.enable_x64(True):
         graphdef, state = nnx.split(jax_dino.build(MODEL), nnx.Param)
         model = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(np.float64), state))
-        initial = {name: array.copy() for name, array in official_parameters(model).items()}
+        initial = {name: array.copy() for name, array in to_torch(model).items()}
         return initial, dino_work.first_steps(jax_dino.Trainer(model, RECIPE), crops)[0]
 
 

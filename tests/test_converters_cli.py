@@ -15,6 +15,7 @@ from converters import __main__ as command
 from converters import verify
 from converters.pretrained import convert
 from converters.sources import Source
+from converters.state_dicts import read_state_dict
 
 pytest.importorskip("torch")
 
@@ -81,6 +82,47 @@ def test_a_published_name_goes_to_the_cache_and_where_out_says(tmp_path, monkeyp
     expected = official_state(TINY_V2)["norm.bias"]
     for folder in (tmp_path / "cache/models/tiny_vit14", tmp_path / "out"):
         assert np.array_equal(dinojax.load(folder).norm.bias[...], expected)
+
+
+# --- and back
+
+
+@pytest.mark.parametrize("config", [TINY_V1, TINY_V2, WITH_REGISTERS], ids=["dino", "dinov2", "registers"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_pytorch_gets_back_what_it_gave(tmp_path, capsys, config, suffix):
+    import torch
+    from safetensors.torch import load_file
+
+    state, out = official_state(config), tmp_path / f"deep/er/back{suffix}"
+    command.main([str(write(tmp_path / "mine.pth", state)), "--num-heads", str(config.num_heads)])
+    command.main([str(tmp_path / "mine-flax"), "--out", str(out)])
+    found = torch.load(out, weights_only=True) if suffix == ".pth" else load_file(out)
+    assert found.keys() == state.keys()
+    for name, array in state.items():
+        assert found[name].dtype == torch.float32 and found[name].is_contiguous()
+        np.testing.assert_array_equal(found[name].numpy(), array, err_msg=name)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert f"written to {out} for PyTorch" in capsys.readouterr().out
+
+
+def test_a_trained_model_in_pytorch_is_verified(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    command.main(["dinojax_vitt", "--verify", "--out", str(tmp_path / "vitt.safetensors")])
+    assert "(bound 3e-05): equal" in capsys.readouterr().out
+    assert convert(read_state_dict(tmp_path / "vitt.safetensors"), "vitt", num_heads=4).config.embed_dim == 128
+
+
+def test_what_cannot_be_written_for_pytorch_is_said(tmp_path, capsys):
+    command.main([str(write(tmp_path / "mine.pth", official_state(TINY_V2)))])
+    capsys.readouterr()
+    folder, before = tmp_path / "mine-flax", sorted(tmp_path.rglob("*"))
+    assert "--out FILE.pth or FILE.safetensors" in refusal(capsys, folder)
+    assert "neither .pth nor .safetensors" in refusal(capsys, folder, "--out", tmp_path / "mine.onnx")
+    assert "exists; remove it" in refusal(capsys, folder, "--out", tmp_path / "mine.pth")
+    assert "--num-heads 2" in refusal(capsys, folder, "--out", tmp_path / "new.pth", "--num-heads", "2")
+    assert "no dinov2_vits14" in refusal(capsys, folder, "--out", tmp_path / "new.pth", "--name", "dinov2_vits14")
+    assert "could not be written" in refusal(capsys, folder, "--out", tmp_path / "mine.pth" / "new.pth")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # --- verifying
@@ -177,12 +219,6 @@ def test_a_foreign_folder_is_never_replaced(tmp_path, capsys):
     (hub / "precious.txt").write_text("mine")
     assert "no converted model" in refusal(capsys, file, "--out", hub)
     assert (hub / "precious.txt").read_text() == "mine"
-
-
-def test_a_converted_folder_as_input_is_pointed_out(tmp_path, capsys):
-    command.main([str(write(tmp_path / "mine.pth", official_state(TINY_V2)))])
-    capsys.readouterr()
-    assert "converted already" in refusal(capsys, tmp_path / "mine-flax")
 
 
 def test_no_network_ends_within_seconds_and_names_the_way_on(tmp_path, capsys, monkeypatch):

@@ -11,7 +11,7 @@ from flax import nnx
 from reference_files import Reference, names, read
 
 from converters import from_torch, head_from_torch
-from converters.torch_to_flax import official_parameters
+from converters.torch_to_flax import to_torch
 from dinojax import ViTConfig
 from dinojax.optim import dino_optimizer
 from dinojax.schedules import cosine_schedule, teacher_temp_schedule
@@ -113,9 +113,7 @@ def train(reference: Reference, dtype: type) -> Trajectory:
         state, metrics = step(state, crops_of_step(reference, index, dtype))
         losses.append(float(metrics["loss"]))
         centers.append(np.asarray(state.center))
-    student, teacher = (
-        official_parameters(nnx.merge(nnx.graphdef(model), part)) for part in (state.student, state.teacher)
-    )
+    student, teacher = (to_torch(nnx.merge(nnx.graphdef(model), part)) for part in (state.student, state.teacher))
     return Trajectory(losses, centers, student, teacher)
 
 
@@ -128,7 +126,7 @@ def differences(reference: Reference, found: Trajectory) -> dict[str, float]:
         "key_bias": 0.0,
     }
     for which in ("student", "teacher"):
-        state = official_parameters(network(reference, f"state/final_{which}", np.float64))
+        state = to_torch(network(reference, f"state/final_{which}", np.float64))
         ours = getattr(found, which)
         assert ours.keys() == state.keys()
         result[which] = 0.0
@@ -188,7 +186,7 @@ def test_gradients_of_the_first_step_equal_the_official_ones(name):
             student_temp=config.get("student_temp", 0.1),
         )
         state, _ = jax.jit(step)(init_state(model, spy), crops_of_step(reference, 0, np.float64))
-        found = official_parameters(nnx.merge(nnx.graphdef(model), state.opt_state))
+        found = to_torch(nnx.merge(nnx.graphdef(model), state.opt_state))
     for key, array in reference.group("out/step0_raw_gradient").items():
         key = key.removeprefix("module.")
         # What storing the reference in float32 leaves.

@@ -27,6 +27,7 @@ from dinojax.monitors import name_collapse
 from dinojax.train import TrainState
 from experiments.harness import records
 from experiments.harness.datasets import Dataset, load_dataset
+from experiments.harness.host_memory import keep_freed_memory
 from experiments.harness.online import Embed, Subset, final_accuracies, make_embed
 from experiments.harness.pretrain_config import FREE, PretrainConfig
 from experiments.harness.pretrain_data import Images, Order, Window, own_statistics, read_images, windows
@@ -40,6 +41,7 @@ EVALUATION = "evaluation"
 
 def main(recipes: dict[str, PretrainConfig], description: str, args: Sequence[str] | None = None) -> None:
     """The command line of a file that brings `recipes`: `NAME [--setting value …]`, the first one by default."""
+    keep_freed_memory()
     with exit_on_user_error():
         kind = tyro.extras.subcommand_type_from_defaults(recipes)
         pretrain(tyro.cli(kind, default=next(iter(recipes.values())), description=description, args=args))

@@ -1,0 +1,48 @@
+"""Models of ours → weight files for PyTorch, under the official names."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from converters.state_dicts import import_torch
+from dinojax.errors import UserError
+
+SUFFIXES = (".pth", ".safetensors")
+
+
+def export(state: Mapping[str, np.ndarray], file: Path) -> None:
+    """Writes a state dict, whole or not at all.
+
+    Args:
+        state: from `to_torch`.
+        file: does not exist yet; what `torch.load` reads if it ends in .pth, or .safetensors.
+
+    Raises:
+        UserError: another ending, the file exists or cannot be written, or torch is missing for a .pth.
+    """
+    raise_unless_new(file)
+    arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
+            partial = Path(folder, file.name)
+            if file.suffix == ".pth":
+                torch = import_torch()
+                torch.save({name: torch.tensor(array) for name, array in arrays.items()}, partial)
+            else:
+                save_file(arrays, partial, metadata={"format": "pt"})
+            partial.rename(file)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise UserError(f"{file} could not be written ({error}); make room or name another file") from error
+
+
+def raise_unless_new(file: Path) -> None:
+    """Before anything is read or computed."""
+    if file.suffix not in SUFFIXES:
+        raise UserError(f"{file} ends in neither {' nor '.join(SUFFIXES)}, which weight files for PyTorch do")
+    if file.exists():
+        raise UserError(f"{file} exists; remove it or name another file with --out")
