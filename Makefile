@@ -35,7 +35,7 @@ lint: $(INSTALLED)  ## ruff, format and rules
 
 bench: $(INSTALLED)  ## the speed tables of the README, ours beside PyTorch
 	$(BIN)/python -m benchmarks.features
-	$(BIN)/python -m benchmarks.probes --quick
+	$(BIN)/python -m benchmarks.probes
 	$(BIN)/python -m benchmarks.dino_step
 	$(BIN)/python -m benchmarks.finetune
 

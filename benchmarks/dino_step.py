@@ -1,6 +1,6 @@
 """The DINO training step, and the augmentation alone: dinojax beside PyTorch and Pillow, img/s.
 
-    python -m benchmarks.dino_step            every row (10 rounds; on CPU about 15 minutes)
+    python -m benchmarks.dino_step            every row (10 rounds; on CPU 12 minutes)
     python -m benchmarks.dino_step --quick    5 rounds of fewer and smaller rows, under 3 minutes on 2 cores
 
 A step is: student and teacher on 2 global and 8 local crops, loss, gradients, clipping of each tensor, AdamW, moving

@@ -1,6 +1,6 @@
 """One supervised training step of ViT-S/14 in every fine-tuning mode: dinojax beside PyTorch, img/s.
 
-    python -m benchmarks.finetune            every mode (10 rounds; on CPU about 15 minutes)
+    python -m benchmarks.finetune            every mode (10 rounds; on CPU 12 minutes)
     python -m benchmarks.finetune --quick    5 rounds of 112-px images, eager PyTorch only, under 3 minutes on 2 cores
 
 The modes are those of `dinojax.finetune`. linear: SGD on the head, the frozen backbone sees each batch anew, without

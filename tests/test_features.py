@@ -73,7 +73,7 @@ def test_bfloat16_is_close_and_returned_as_float32(tmp_path):
     (full,) = make_extractor(tmp_path).extract([images.split])
     (half,) = make_extractor(tmp_path, dtype="bfloat16").extract([images.split])
     assert half.dtype == np.float32
-    assert 1e-4 < np.abs(half - full).max() < 0.1
+    assert 1e-4 < np.abs(half - full).max() < 0.04  # 0.020 measured, of features up to 2.1
 
 
 def test_pixels_are_normalised_as_the_model_expects(tmp_path):

