@@ -5,8 +5,8 @@ and JAX never share one. For each row of a benchmark the parent process asks the
 of work, in an order that changes from round to round, and takes the median of the ratios within the rounds. One variant
 runs twice, under another name; its ratio to itself must be near one, or the row says nothing.
 
-On a CPU every variant keeps the memory it frees, as our training commands do. Otherwise both sides spend part of each
-step on new pages, how much depends on what the other processes hold, and the control reads anything up to 1.1.
+Every variant keeps the memory it frees, as our training commands do. On a CPU both sides would otherwise spend part of
+each step on new pages, how much depends on what the other processes hold, and the control reads anything up to 1.1.
 """
 
 import dataclasses

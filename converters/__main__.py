@@ -71,10 +71,10 @@ def run(config: Config) -> bool:
         raise UserError(f"--num-heads {config.num_heads} is not a positive number")
     if config.name is not None:
         variant(config.name)
-    folder = shipped_folder(config.source) or Path(config.source).expanduser()
-    if is_model_folder(folder):
-        return _export(config, folder)
     is_file = config.source not in VARIANTS
+    folder = shipped_folder(config.source) or Path(config.source).expanduser()
+    if is_file and is_model_folder(folder):
+        return _export(config, folder)
     if is_file and not Path(config.source).expanduser().exists() and not any(c in config.source for c in "./\\"):
         variant(config.source)  # most likely a misspelt name: its error suggests others
     return _convert_file(config) if is_file else _convert_published(config)
@@ -129,10 +129,8 @@ def _export(config: Config, folder: Path) -> bool:
             f"{folder} is converted already: dinojax.load reads it, and --out FILE.pth or FILE.safetensors writes it "
             "for PyTorch"
         )
-    if config.num_heads is not None:
-        raise UserError(
-            f"--num-heads {config.num_heads} beside {folder}, which knows its own: --num-heads is for files"
-        )
+    if config.num_heads is not None or config.which != "teacher":
+        raise UserError(f"--num-heads and --which are for weight files, and {folder} is one network that knows its own")
     file = config.out.expanduser()
     raise_unless_new(file)
     model = load(folder)

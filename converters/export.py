@@ -25,13 +25,13 @@ def export(state: Mapping[str, np.ndarray], file: Path) -> None:
         UserError: another ending, the file exists or cannot be written, or torch is missing for a .pth.
     """
     raise_unless_new(file)
+    torch = import_torch() if file.suffix == ".pth" else None
     arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
             partial = Path(folder, file.name)
-            if file.suffix == ".pth":
-                torch = import_torch()
+            if torch:
                 torch.save({name: torch.tensor(array) for name, array in arrays.items()}, partial)
             else:
                 save_file(arrays, partial, metadata={"format": "pt"})

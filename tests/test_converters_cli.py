@@ -119,7 +119,8 @@ def test_what_cannot_be_written_for_pytorch_is_said(tmp_path, capsys):
     assert "--out FILE.pth or FILE.safetensors" in refusal(capsys, folder)
     assert "neither .pth nor .safetensors" in refusal(capsys, folder, "--out", tmp_path / "mine.onnx")
     assert "exists; remove it" in refusal(capsys, folder, "--out", tmp_path / "mine.pth")
-    assert "--num-heads 2" in refusal(capsys, folder, "--out", tmp_path / "new.pth", "--num-heads", "2")
+    for words in (("--num-heads", "2"), ("--which", "student")):
+        assert "knows its own" in refusal(capsys, folder, "--out", tmp_path / "new.pth", *words)
     assert "no dinov2_vits14" in refusal(capsys, folder, "--out", tmp_path / "new.pth", "--name", "dinov2_vits14")
     assert "could not be written" in refusal(capsys, folder, "--out", tmp_path / "mine.pth" / "new.pth")
     assert sorted(tmp_path.rglob("*")) == before
