@@ -71,9 +71,9 @@ def run(config: Config) -> bool:
         raise UserError(f"--num-heads {config.num_heads} is not a positive number")
     if config.name is not None:
         variant(config.name)
-    is_file = config.source not in VARIANTS
-    folder = shipped_folder(config.source) or Path(config.source).expanduser()
-    if is_file and is_model_folder(folder):
+    is_file, shipped = config.source not in VARIANTS, shipped_folder(config.source)
+    folder = shipped or Path(config.source).expanduser()
+    if shipped or (is_file and is_model_folder(folder)):
         return _export(config, folder)
     if is_file and not Path(config.source).expanduser().exists() and not any(c in config.source for c in "./\\"):
         variant(config.source)  # most likely a misspelt name: its error suggests others
