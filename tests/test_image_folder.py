@@ -171,7 +171,7 @@ def remove(root, pattern):
     ("damage", "options", "message"),
     [
         (lambda f: f.rename(f.parent / "gone"), {}, "there is no such folder"),
-        (lambda f: remove(f, "**/*"), {}, "holds no folders but nothing: images belong in training/<class>/"),
+        (lambda f: remove(f, "**/*"), {}, "is empty: images belong in training/<class>/"),
         (lambda f: [remove(f, "**/*"), write(f, "a.jpg")], {}, r"holds no folders but a\.jpg: images belong in"),
         (lambda f: (f / "training").rename(f / "images"), {}, "holds validation but no folder train or training"),
         (
@@ -189,8 +189,9 @@ def remove(root, pattern):
             {"val_fraction": 0.2},
             r"training holds no class folders but 0\.jpg",
         ),
-        (lambda f: fill(f, "validation", cow=1), {}, "class 'cow' has validation images but no training images"),
-        (lambda f: fill(f, "test", cow=1), {}, "class 'cow' has test images but no training images"),
+        (lambda f: fill(f, "validation", cow=3), {}, "3 validation images of class 'cow', but no training images"),
+        (lambda f: fill(f, "test", cow=1, emu=2), {}, "3 test images of classes 'cow', 'emu', but no training images"),
+        (lambda f: remove(f, "training/**/*"), {}, "training is empty: images belong in training/<class>/"),
         (lambda f: [remove(f, "*/cat/*"), remove(f, "*/cat")], {}, "one class, 'dog', leaves nothing to tell apart"),
         (lambda f: None, {"val_fraction": 0.2}, "--val-fraction 0.2: .* has validation images already, in validation"),
         (lambda f: None, {"val_fraction": 0.0}, "--val-fraction 0.0 is not between 0 and 1"),

@@ -93,7 +93,7 @@ def _split_folders(root: Path, named: dict[str, str | None]) -> dict[str, Path]:
         raise UserError(f"{root}: there is no such folder")
     below = _folders(root)
     if not below:
-        raise UserError(f"{root} holds no folders but {_listing(root)}: {_EXPECTED}")
+        raise UserError(f"{_lacking(root, 'folders')}: {_EXPECTED}")
     found = {}
     for role, name in named.items():
         if name is not None and not (root / name).is_dir():
@@ -118,6 +118,10 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
+def _lacking(folder: Path, what: str) -> str:
+    return f"{folder} holds no {what} but {_listing(folder)}" if any(folder.iterdir()) else f"{folder} is empty"
+
+
 def _listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     return ", ".join([*names[:5], f"{len(names) - 5:,} more"] if len(names) > 5 else names) or "nothing"
@@ -134,7 +138,7 @@ def _class_files(folder: Path) -> Files:
             )
         found[unicodedata.normalize("NFC", path.name)] += images
     if not found:
-        raise UserError(f"{folder} holds no class folders but {_listing(folder)}: {_EXPECTED}")
+        raise UserError(f"{_lacking(folder, 'class folders')}: {_EXPECTED}")
     return dict(sorted(found.items()))
 
 
@@ -192,7 +196,9 @@ def _check_classes(root: Path, files: dict[str, Files]) -> list[str]:
     for role in [role for role in files if role != "train"]:
         unknown = [name for name in files[role] if name not in files["train"]]
         if unknown:
-            raise UserError(f"{root}: class {unknown[0]!r} has {role} images but no training images; add or remove it")
+            count = sum(len(files[role][name]) for name in unknown)
+            classes = f"class{'es' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown[:5]))}"
+            raise UserError(f"{root}: {count:,} {role} images of {classes}, but no training images; add or remove them")
         absent = [name for name in files["train"] if name not in files[role]]
         if absent:
             notes.append(f"{root.name}: no {role} images of {', '.join(map(repr, absent))}")
