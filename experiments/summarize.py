@@ -2,12 +2,13 @@
 
     python -m experiments.summarize runs/evaluate/*
     python -m experiments.summarize runs/evaluate runs/stl10_transfer runs/dino_cifar100 --out results.md
+    python -m experiments.summarize runs/finetune_folder/*
 
-Takes the output folders of `evaluate` and `stl10_transfer`, the run folders of trainings (their final k-NN), or
-folders that hold such folders. What differs in nothing but the seed is one line: the mean over differently trained
-weights ± the standard deviation (n - 1 in the denominator) and their number; the same weights evaluated twice count
-once. Where models trained on CIFAR-100 and on Tiny-ImageNet were transferred to STL-10, it is tested which transfers
-better.
+Takes the output folders of `evaluate` and `stl10_transfer`, the run folders of trainings (their final k-NN) and of
+`finetune_folder`, or folders that hold such folders. What differs in nothing but the seed is one line: the mean over
+differently trained weights ± the standard deviation (n - 1 in the denominator) and their number; the same weights
+evaluated twice count once. Where models trained on CIFAR-100 and on Tiny-ImageNet were transferred to STL-10, it is
+tested which transfers better.
 """
 
 import dataclasses
@@ -38,12 +39,14 @@ def run(config: Config) -> str:
         UserError: no runs, or a damaged one.
     """
     from experiments.harness import summary
+    from experiments.harness.finetune_summary import finetunings, read_tuned
     from experiments.harness.run_results import read_runs
 
-    groups = summary.group(read_runs(config.runs))
-    text = "\n\n".join(
-        part for part in (summary.overview(groups), summary.all_numbers(groups), summary.transfer(groups)) if part
-    )
+    tuned = {path.expanduser(): runs for path in config.runs if (runs := read_tuned(path))}
+    groups = summary.group(read_runs(config.runs, others=tuned))
+    parts = [summary.overview(groups), summary.all_numbers(groups), summary.transfer(groups)] if groups else []
+    parts.append(finetunings(run for runs in tuned.values() for run in runs))
+    text = "\n\n".join(part for part in parts if part)
     print(text)
     if config.out is not None:
         try:

@@ -152,6 +152,46 @@ def test_the_interval_of_two_proportions_is_newcombes():
     assert (round(low, 4), round(high, 4)) == (0.0524, 0.3339)
 
 
+def tuned(root, mode, seed, accuracy, *, judged="validation", **changes):
+    """What `finetune_folder` leaves of one mode, as far as it matters here."""
+    folder = root / f"{mode}-{seed}-{len(list(root.glob('*')))}" / mode
+    folder.mkdir(parents=True)
+    config = {"mode": mode, "seed": seed, "out": str(folder), "balance": "none", "epochs": 6, **changes}
+    metrics = {
+        "mode": mode, "weights": "dinojax_vitt", "image_size": 48, "trainable_parameters": 1234,
+        "data": {"name": "cotton", "train_images": 90, "validation_images": 30, "test_images": 20},
+        "seconds_an_epoch": {"median": 2.0 + seed}, "validation": {"accuracy": 0.1, "balanced_accuracy": 0.1},
+    }  # fmt: skip
+    metrics[judged] = {"accuracy": accuracy, "balanced_accuracy": accuracy - 0.2}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder.parent / "metrics.json").write_text(json.dumps({mode: metrics}))
+
+
+def test_seeds_of_a_fine_tuning_are_one_line_and_other_settings_another(tmp_path):
+    accuracies = [0.70, 0.72, 0.77]
+    for seed, accuracy in enumerate(accuracies):
+        tuned(tmp_path, "lora", seed, accuracy)
+    tuned(tmp_path, "lora", 0, 0.6, balance="loss")
+    tuned(tmp_path, "linear", 0, 0.5, judged="test")
+    text = summarize.run(summarize.Config((tmp_path,)))
+    assert "### cotton from dinojax_vitt, 48 px" in text and "Overview" not in text
+    lines = [[word.strip() for word in line.strip("|").split("|")] for line in text.splitlines() if "1,234" in line]
+    deviation = f"{100 * stats.tstd(accuracies):.2f} (3)"
+    assert lines == [
+        ["linear", "20 test", "50.00 (1)", "30.00 (1)", "1,234", "2.0"],
+        ["lora, balance none", "30 validation", f"73.00 ± {deviation}", f"53.00 ± {deviation}", "1,234", "3.0"],
+        ["lora, balance loss", "30 validation", "60.00 (1)", "40.00 (1)", "1,234", "2.0"],
+    ]
+
+
+def test_fine_tunings_beside_evaluations(tmp_path):
+    write(tmp_path / "evaluations", [document()])
+    tuned(tmp_path, "llrd", 0, 0.7)
+    text = summarize.run(summarize.Config((tmp_path,)))
+    assert "## Overview" in text and "| llrd " in text
+
+
 def test_folders_without_runs_and_damaged_files_are_one_sentence(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ class Run:
     intervals: Mapping[Key, tuple[float, float]]
 
 
-def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """All runs in the folders and below.
+def read_runs(paths: Iterable[Path], *, others: Collection[Path] = ()) -> list[Run]:
+    """All runs in the folders and below; only `others`, which hold results of another kind, may be without.
 
     Raises:
         UserError: a folder without any, or a damaged file.
@@ -65,12 +65,12 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
             raise UserError(f"{path}: there is no such folder; name output folders of evaluations or trainings")
         results = [path / RESULT_FILE] if (path / RESULT_FILE).is_file() else sorted(path.rglob(RESULT_FILE))
         runs = {file.parent.resolve(): run for file in results if (run := _read(file))}
-        if not runs:
+        if not runs and path not in others:
             unfinished = any((path / trace).exists() for trace in TRACES_OF_TRAINING)
             why = "is a training that has not ended" if unfinished else f"holds no {RESULT_FILE} of a run"
             raise UserError(f"{path} {why}; name output folders of evaluations or finished trainings")
         found |= runs
-    if not found:
+    if not found and not others:
         raise UserError("no runs were given; name output folders of evaluations or trainings")
     return list(found.values())
 
