@@ -68,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
         return int(asked.removeprefix("bytes=").removesuffix("-"))
 
     def log_message(self, *args):
-        pass
+        """Nothing is printed."""
 
 
 @contextmanager

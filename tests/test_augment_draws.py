@@ -173,7 +173,8 @@ def test_an_image_s_views_depend_on_its_id_alone():
     default = jax.jit(lambda images: multi_crop(key, images, SMALL))(pixels)
     for views, others, same in zip(by_place, everything, default):
         np.testing.assert_allclose(views, same, rtol=0, atol=1e-5)
-        assert not np.allclose(views, others, atol=0.1)
+        apart = np.abs(views - others)[:, ids != np.arange(8)].max(axis=(2, 3, 4))
+        assert apart.min() > 0.1, "each crop of each image with another id"  # 0.19 measured, where rounding leaves 1e-5
 
 
 SPREAD_OVER_TWO_DEVICES = """

@@ -129,8 +129,7 @@ def test_fit_linear_equals_pytorch_on_standardised_features(clusters):
     standardised = (features - features.mean(axis=0)) / features.std(axis=0)
     model = torch_linear(np.zeros((DIM, CLASSES)), np.zeros(CLASSES))
     optimizer = torch.optim.Adam(model.parameters())
-    for _ in torch_steps(model, optimizer, standardised, labels, batches, cosine(0.05, STEPS)):
-        pass
+    list(torch_steps(model, optimizer, standardised, labels, batches, cosine(0.05, STEPS)))
     with torch.no_grad():
         expected = model(torch.from_numpy(standardised))
     np.testing.assert_allclose(probe.linear_logits(head, features), expected, **EXACT)
@@ -148,8 +147,7 @@ def test_sgd_linear_equals_pytorch(clusters):
     model, rate = torch_linear(kernel, np.zeros(CLASSES)), 0.4 * BATCH / 256
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     batches = linear_probe.minibatches(order_key, IMAGES, BATCH, 3 * STEPS)
-    for _ in torch_steps(model, optimizer, features, labels, batches, cosine(rate, 3 * STEPS)):
-        pass
+    list(torch_steps(model, optimizer, features, labels, batches, cosine(rate, 3 * STEPS)))
     np.testing.assert_allclose(head.kernel.T, model.weight.detach(), **EXACT)
     np.testing.assert_allclose(head.bias, model.bias.detach(), **EXACT)
 
