@@ -14,7 +14,7 @@ def keep_freed_memory() -> None:
     and gives them back, so that pages are fetched and zeroed in each training step. With this two cores took DINO's
     step of ViT-Ti/4 (2×32 + 8×16 px, batch 16) from 11.5 to 18 images a second, and one of supervised ViT-S/14 (224 px,
     batch 8) from 1.57 to 1.37 seconds; the step of the `cpu` recipe, in parts that need little memory,
-    lost 6, 8 and 30 % in three pairs of runs.
+    lost 6 to 30 % in four pairs of runs.
     Blocks are kept in the first arena alone, so there must be no other: call this before threads are started.
     """
     if platform.libc_ver()[0] != "glibc":

@@ -41,10 +41,12 @@ EVALUATION = "evaluation"
 
 def main(recipes: dict[str, PretrainConfig], description: str, args: Sequence[str] | None = None) -> None:
     """The command line of a file that brings `recipes`: `NAME [--setting value …]`, the first one by default."""
-    keep_freed_memory()
     with exit_on_user_error():
         kind = tyro.extras.subcommand_type_from_defaults(recipes)
-        pretrain(tyro.cli(kind, default=next(iter(recipes.values())), description=description, args=args))
+        config = tyro.cli(kind, default=next(iter(recipes.values())), description=description, args=args)
+        if config.accumulation_steps == 1:  # parts of a batch need little memory and run slower with it
+            keep_freed_memory()
+        pretrain(config)
 
 
 def pretrain(config: PretrainConfig) -> Path:
