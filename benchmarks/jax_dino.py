@@ -25,12 +25,12 @@ from benchmarks.dino_work import (
 )
 from benchmarks.paired import Prepared, warmed_up
 from converters.torch_to_flax import to_torch
-from dinojax.augment import MultiCropConfig, draw_views, multi_crop
-from dinojax.head import DINOHead
-from dinojax.optim import dino_optimizer
-from dinojax.schedules import Schedule, cosine_schedule
-from dinojax.train import DINO, init_state, make_train_step
-from dinojax.vit import VisionTransformer, ViTConfig
+from dinojax.models.head import DINOHead
+from dinojax.models.vit import VisionTransformer, ViTConfig
+from dinojax.pretraining.augment import MultiCropConfig, draw_views, multi_crop
+from dinojax.pretraining.optim import dino_optimizer
+from dinojax.pretraining.schedules import Schedule, cosine_schedule
+from dinojax.pretraining.step import DINO, init_state, make_train_step
 
 
 class Trainer:

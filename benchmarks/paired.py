@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.host_memory import keep_freed_memory
+from experiments.runs.host_memory import keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
 CONTROL = "A/A control"

@@ -27,7 +27,7 @@ MEAN_BOUND = 0.01
 
 
 class View(NamedTuple):
-    """What one crop is made with; the names and meanings of `dinojax.augment.Views`."""
+    """What one crop is made with; the names and meanings of `dinojax.pretraining.augment.Views`."""
 
     box: tuple[int, int, int, int]
     flip: bool

@@ -34,7 +34,7 @@ def prepare_jax(row: str, start: str) -> Prepared:
 
 
 def _jax_knn(start: Path) -> Prepared:
-    from dinojax.neighbours import nearest_neighbours
+    from dinojax.probes.neighbours import nearest_neighbours
 
     train, test, _ = _features()
     train, test = train[:, 0], test[:KNN_TEST, 0]
@@ -45,7 +45,7 @@ def _jax_mlp(start: Path) -> Prepared:
     import jax
     import numpy as np
 
-    from dinojax.linear_probe import fit_mlp, initial_mlp
+    from dinojax.probes.linear import fit_mlp, initial_mlp
 
     train, _, labels = _features()
     train, labels = jax.device_put(train[:, 0]), jax.device_put(labels)
@@ -62,8 +62,8 @@ def _jax_sweep(start: Path) -> Prepared:
     import jax
     import numpy as np
 
-    from dinojax.linear_probe import minibatches
-    from dinojax.linear_sweep import SWEEP_LEARNING_RATES, evaluate_heads, train_heads
+    from dinojax.probes.linear import minibatches
+    from dinojax.probes.sweep import SWEEP_LEARNING_RATES, evaluate_heads, train_heads
 
     train, _, labels = _features(TOKENS)
     train, labels = jax.device_put(train.reshape(TRAIN, -1)), jax.device_put(labels)

@@ -21,9 +21,9 @@ from converters.pretrained import (
 from converters.state_dicts import num_heads_beside, read_state_dict
 from converters.torch_to_flax import to_torch
 from dinojax.errors import UserError, exit_on_user_error
-from dinojax.model_files import is_model_folder, load, named_parameters, shipped_folder
-from dinojax.variants import VARIANTS
-from dinojax.vit import VisionTransformer
+from dinojax.models.files import is_model_folder, load, named_parameters, shipped_folder
+from dinojax.models.variants import VARIANTS
+from dinojax.models.vit import VisionTransformer
 
 _DESCRIPTION = """Converts DINO and DINOv2 weights from PyTorch to Flax, and models of dinojax to PyTorch.
 

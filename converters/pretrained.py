@@ -14,9 +14,9 @@ from converters.sources import HOST, SOURCES
 from converters.state_dicts import import_torch, num_heads_beside, read_state_dict
 from converters.torch_to_flax import from_torch
 from dinojax.errors import UserError
-from dinojax.model_files import is_model_folder, load, named_parameters, save, shipped_folder
-from dinojax.variants import VARIANTS
-from dinojax.vit import VisionTransformer, ViTConfig
+from dinojax.models.files import is_model_folder, load, named_parameters, save, shipped_folder
+from dinojax.models.variants import VARIANTS
+from dinojax.models.vit import VisionTransformer, ViTConfig
 
 _SHOWN_DIFFERENCES = 4
 

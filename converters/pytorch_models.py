@@ -17,8 +17,8 @@ from converters.download import reachable
 from converters.layouts import part_of_checkpoint
 from converters.state_dicts import import_torch
 from dinojax.errors import UserError
-from dinojax.variants import VARIANTS
-from dinojax.vit import ViTConfig
+from dinojax.models.variants import VARIANTS
+from dinojax.models.vit import ViTConfig
 
 _BLOCKS_SHOWN = 4
 _MOST_TOKENS_FOR_ATTENTION = 600  # PyTorch returns the attention of every block: gigabytes for many tokens

@@ -15,10 +15,10 @@ from flax import nnx
 
 from converters.layouts import part_of_checkpoint
 from dinojax.errors import UserError
-from dinojax.head import DINOHead
-from dinojax.layers import swiglu_hidden_dim
-from dinojax.model_files import abstract_model, raise_unless_same, with_parameters
-from dinojax.vit import VisionTransformer, ViTConfig
+from dinojax.models.files import abstract_model, raise_unless_same, with_parameters
+from dinojax.models.head import DINOHead
+from dinojax.models.layers import swiglu_hidden_dim
+from dinojax.models.vit import VisionTransformer, ViTConfig
 
 
 def from_torch(

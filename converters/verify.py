@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from converters.pytorch_models import Outputs, block_name, hub_reference, transformers_reference
-from dinojax.vit import VisionTransformer, ViTConfig
+from dinojax.models.vit import VisionTransformer, ViTConfig
 
 BOUND = 3e-5
 """Largest difference accepted, as a share of the output's largest value: float32 rounding stays well below it."""

@@ -1,10 +1,10 @@
 """DINO and DINOv2 in JAX/Flax: models, heads and the method itself, as arrays in and arrays out."""
 
 from dinojax.errors import UserError
-from dinojax.head import DINOHead
-from dinojax.model_files import load, save
-from dinojax.variants import VARIANTS
-from dinojax.vit import Features, VisionTransformer, ViTConfig
+from dinojax.models.files import load, save
+from dinojax.models.head import DINOHead
+from dinojax.models.variants import VARIANTS
+from dinojax.models.vit import Features, VisionTransformer, ViTConfig
 
 __version__ = "0.1.0"
 

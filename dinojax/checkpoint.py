@@ -1,7 +1,7 @@
 """The checkpoints of a training: one folder of Orbax checkpoints, `step_300` and so on.
 
 Each holds the whole state as the arrays `state` (OCDBT, every leaf under its dotted path), and a JSON `manifest` with
-the SHA-256 of every leaf. Finished models are kept by `dinojax.model_files`.
+the SHA-256 of every leaf. Finished models are kept by `dinojax.models.files`.
 """
 
 import concurrent.futures

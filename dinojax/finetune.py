@@ -19,11 +19,11 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Key, PyTree
 
 from dinojax.errors import UserError
-from dinojax.labelled import check_range
-from dinojax.layers import Linear, torch_default_init
-from dinojax.monitors import gradient_norms
-from dinojax.schedules import Schedule
-from dinojax.vit import VisionTransformer
+from dinojax.models.layers import Linear, torch_default_init
+from dinojax.models.vit import VisionTransformer
+from dinojax.pretraining.monitors import gradient_norms
+from dinojax.pretraining.schedules import Schedule
+from dinojax.probes.labelled import check_range
 
 MODES = ("linear", "finetune", "llrd", "lora")
 _CACHED_NUMBERS = 4 * 257 * 384
@@ -191,7 +191,7 @@ def make_logits(
     """Returns `logits_of(trainable, frozen, images, key)`.
 
     A backbone that is frozen whole runs as in inference, without drop path. `model` gives the architecture alone;
-    `lora_alpha` is that of `merge_parameters`, `compute_dtype` and `remat` are those of `dinojax.train`.
+    `lora_alpha` is that of `merge_parameters`, `compute_dtype` and `remat` are those of `dinojax.pretraining.step`.
     """
     graphdef, _ = nnx.split(model, nnx.Param)
 

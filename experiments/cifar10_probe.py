@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from dinojax.errors import UserError, exit_on_user_error
-from experiments.harness.backbones import is_random, load_backbone
-from experiments.harness.settings import require, require_positive
+from experiments.features.backbones import is_random, load_backbone
+from experiments.runs.settings import require, require_positive
 
 if TYPE_CHECKING:
-    from experiments.harness.backbones import Backbone
-    from experiments.harness.datasets import Dataset
-    from experiments.harness.features import FeatureExtractor
+    from experiments.data.splits import Dataset
+    from experiments.features.backbones import Backbone
+    from experiments.features.extractor import FeatureExtractor
 
 NAMES = ("knn", "knn5", "linear", "sweep", "logistic", "mlp", "mlp_shuffled", "svc", "few_shot")
 _LONG_SVC = 10_000  # training images
@@ -110,10 +110,11 @@ def run(config: Config) -> Result:
         UserError: data, weights or settings that cannot be used; within seconds where that can be known beforehand.
     """
     names = _check(config)
-    from experiments.harness import records, report
-    from experiments.harness.datasets import load_dataset
-    from experiments.harness.features import FeatureExtractor
-    from experiments.harness.fitting import check_labels
+    from experiments.data.load import load_dataset
+    from experiments.features.extractor import FeatureExtractor
+    from experiments.probing import report
+    from experiments.probing.fitting import check_labels
+    from experiments.runs import records
 
     cache_dir, out = config.cache_dir.expanduser(), config.out or records.default_run_folder("cifar10_probe")
     with records.run_folder(out) as folder:
@@ -166,12 +167,12 @@ def _probe(
     folder: Path,
 ) -> tuple[dict[str, Any], str]:
     """Metrics and the table to print; writes classifiers, predictions and figures."""
-    from experiments.harness import report
-    from experiments.harness.classifiers import save_classifiers
-    from experiments.harness.fitting import Settings
-    from experiments.harness.judging import SealedTest, judge
-    from experiments.harness.measure import PEAK_MEMORY, measured
-    from experiments.harness.views import augmented
+    from experiments.data.views import augmented
+    from experiments.probing import report
+    from experiments.probing.classifiers import save_classifiers
+    from experiments.probing.fitting import Settings
+    from experiments.probing.judging import SealedTest, judge
+    from experiments.runs.measure import PEAK_MEMORY, measured
 
     with measured() as features_cost:
         splits = [augmented(dataset.train, view, config.image_size) for view in range(config.augment)]

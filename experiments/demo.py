@@ -14,10 +14,10 @@ from pathlib import Path
 
 import tyro
 
-from dinojax.augment import MultiCropConfig
 from dinojax.errors import exit_on_user_error
-from experiments.harness.host_memory import keep_freed_memory
-from experiments.harness.pretrain_config import PretrainConfig
+from dinojax.pretraining.augment import MultiCropConfig
+from experiments.pretraining.config import PretrainConfig
+from experiments.runs.host_memory import keep_freed_memory
 
 # In a training of so few steps the teacher must follow within them, and be sharp from the first.
 SETTINGS = PretrainConfig(
@@ -80,8 +80,8 @@ def run(config: Config) -> dict[str, float]:
     Raises:
         UserError: a run folder of other settings, or one that cannot be written.
     """
-    from experiments.harness.pretrain import pretrain
-    from experiments.harness.records import RESULT_FILE
+    from experiments.pretraining.loop import pretrain
+    from experiments.runs.records import RESULT_FILE
 
     folder = pretrain(dataclasses.replace(SETTINGS, epochs=config.epochs, seed=config.seed, out=config.out))
     draw_attention(folder)
@@ -100,9 +100,9 @@ def draw_attention(folder: Path) -> None:
     from PIL import Image
 
     from dinojax.maps import cls_attention
-    from experiments.harness.attention_grid import save_attention_grid
-    from experiments.harness.backbones import load_backbone
-    from experiments.harness.datasets import load_digits
+    from experiments.data.digits import load_digits
+    from experiments.features.backbones import load_backbone
+    from experiments.figures.attention_grid import save_attention_grid
 
     backbone, test = load_backbone(str(folder), seed=0, cache_dir=Path()), load_digits().test
     firsts = [int(np.flatnonzero(test.labels == label)[0]) for label in range(_SHOWN)]

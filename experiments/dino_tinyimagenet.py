@@ -11,11 +11,11 @@ teacher/ and student/, which every --weights takes, metrics.jsonl, curves.png, a
 beside that of the untrained network. `RECIPE --help` shows all settings.
 """
 
-from experiments.harness.recipes import recipes
+from experiments.pretraining.recipes import recipes
 
 RECIPES = recipes("dino_tinyimagenet", "tiny_imagenet", image_size=64, patch_size=8, scales=((0.5, 1.0), (0.2, 0.4)))
 
 if __name__ == "__main__":
-    from experiments.harness.pretrain import main
+    from experiments.pretraining.loop import main
 
     main(RECIPES, __doc__)

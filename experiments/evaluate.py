@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 from dinojax.errors import exit_on_user_error
-from experiments.harness.evaluation_config import EvaluationConfig
+from experiments.probing.evaluation_config import EvaluationConfig
 
 
 def run(config: EvaluationConfig) -> Path:
@@ -27,8 +27,8 @@ def run(config: EvaluationConfig) -> Path:
     Raises:
         UserError: weights, data or settings that cannot be used.
     """
-    from experiments.harness.datasets import load_dataset
-    from experiments.harness.evaluation_run import evaluate
+    from experiments.data.load import load_dataset
+    from experiments.probing.evaluation_run import evaluate
 
     config.check()
     limits = {"max_train": config.max_train, "max_test": config.max_test, "seed": config.seed}

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import tyro
 
 from dinojax.errors import exit_on_user_error
-from experiments.harness.finetune_config import FinetuneConfig
-from experiments.harness.host_memory import keep_freed_memory
+from experiments.finetuning.config import FinetuneConfig
+from experiments.runs.host_memory import keep_freed_memory
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -29,7 +29,7 @@ def main(args: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     with exit_on_user_error():
         config = tyro.cli(FinetuneConfig, args=args, description=__doc__)
-        from experiments.harness.finetune_run import finetune
+        from experiments.finetuning.loop import finetune
 
         finetune(config)
 

@@ -18,12 +18,12 @@ import numpy as np
 import tyro
 
 from dinojax.errors import UserError, exit_on_user_error
-from experiments.harness.backbones import is_random, load_backbone
-from experiments.harness.settings import require_positive
+from experiments.features.backbones import is_random, load_backbone
+from experiments.runs.settings import require_positive
 
 if TYPE_CHECKING:
-    from experiments.harness.classifiers import Prediction
-    from experiments.harness.datasets import Split
+    from experiments.data.splits import Split
+    from experiments.probing.classifiers import Prediction
 
 _DRAWN = 12
 _PRINTED = 40
@@ -55,9 +55,9 @@ def run(config: Config) -> dict[str, "Prediction"]:
     Raises:
         UserError: no images, no such run or classifier, or a backbone that is not the run's.
     """
-    from experiments.harness import records
-    from experiments.harness.classifiers import FINETUNED, TITLES, load_classifiers, read_index
-    from experiments.harness.result_figures import save_answers
+    from experiments.figures.results import save_answers
+    from experiments.probing.classifiers import FINETUNED, TITLES, load_classifiers, read_index
+    from experiments.runs import records
 
     require_positive(config, ["batch_size"])
     folder = config.run.expanduser()
@@ -92,7 +92,7 @@ def run(config: Config) -> dict[str, "Prediction"]:
 
 def _images(path: Path) -> "Split":
     """One image, or the readable ones of a folder; what is left out is named."""
-    from experiments.harness.datasets import SUFFIXES, Split, decode_rgb, digest
+    from experiments.data.splits import SUFFIXES, Split, decode_rgb, digest
 
     if not path.exists():
         raise UserError(f"{path}: there is no such image or folder")
@@ -125,7 +125,7 @@ def _images(path: Path) -> "Split":
 
 def _features(config: Config, index: Mapping[str, Any], split: "Split") -> np.ndarray:
     """As the run made them, by the same backbone."""
-    from experiments.harness.features import FeatureExtractor
+    from experiments.features.extractor import FeatureExtractor
 
     weights, cache_dir = config.weights or index["weights"], config.cache_dir.expanduser()
     backbone = load_backbone(weights, seed=index["seed"], cache_dir=cache_dir)
@@ -144,7 +144,7 @@ def _features(config: Config, index: Mapping[str, Any], split: "Split") -> np.nd
             "pass the former as --weights, or repeat the run"
         )
     if "interpolation" in index:  # a model of finetune_folder, which resizes to more than it cuts out
-        from experiments.harness.squares import centre_cropped
+        from experiments.data.squares import centre_cropped
 
         split = centre_cropped(split, index["resize"], index["image_size"], interpolation=index["interpolation"])
     return extractor.extract([split])[0]

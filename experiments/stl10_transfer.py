@@ -18,10 +18,11 @@ import numpy as np
 import tyro
 
 from dinojax.errors import UserError, exit_on_user_error
-from experiments.harness.datasets import Dataset, Split, digest, load_dataset
-from experiments.harness.evaluation import make_fold
-from experiments.harness.evaluation_config import EvaluationConfig
-from experiments.harness.evaluation_run import evaluate
+from experiments.data.load import load_dataset
+from experiments.data.splits import Dataset, Split, digest
+from experiments.probing.evaluation import make_fold
+from experiments.probing.evaluation_config import EvaluationConfig
+from experiments.probing.evaluation_run import evaluate
 
 NAME = "stl10"
 _SIDE = 96

@@ -19,7 +19,7 @@ from typing import Annotated
 import tyro
 
 from dinojax.errors import UserError, exit_on_user_error
-from experiments.harness.records import write_whole
+from experiments.runs.records import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,9 @@ def run(config: Config) -> str:
     Raises:
         UserError: no runs, or a damaged one.
     """
-    from experiments.harness import summary
-    from experiments.harness.finetune_summary import finetunings, read_tuned
-    from experiments.harness.run_results import read_runs
+    from experiments.summaries import evaluations as summary
+    from experiments.summaries.finetunings import finetunings, read_tuned
+    from experiments.summaries.results import read_runs
 
     tuned = {path.expanduser(): runs for path in config.runs if (runs := read_tuned(path))}
     groups = summary.group(read_runs(config.runs, others=tuned))

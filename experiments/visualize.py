@@ -25,9 +25,9 @@ import tyro
 
 from dinojax import maps
 from dinojax.errors import UserError, exit_on_user_error
-from experiments.harness.backbones import is_random, load_backbone
-from experiments.harness.patch_maps import Mapper, PatchMaps, Picture
-from experiments.harness.settings import require, require_positive
+from experiments.features.backbones import is_random, load_backbone
+from experiments.features.patch_maps import Mapper, PatchMaps, Picture
+from experiments.runs.settings import require, require_positive
 
 _KINDS = ("attention", "mask", "similarity")
 _PER_PAGE = 24  # images of one pca.png
@@ -83,7 +83,7 @@ def run(config: Config) -> list[Path]:
     _check(config)
     from tqdm import tqdm
 
-    from experiments.harness import records
+    from experiments.runs import records
 
     shapes = _readable(config.images)
     out = config.out or records.default_run_folder("visualize")
@@ -123,7 +123,7 @@ def _check(config: Config) -> None:
 
 def _readable(paths: Sequence[Path]) -> list[tuple[Path, tuple[int, int]]]:
     """Image files and their (height, width); of folders the readable ones, what is left out is named."""
-    from experiments.harness.datasets import SUFFIXES, decode_rgb, image_files
+    from experiments.data.splits import SUFFIXES, decode_rgb, image_files
 
     found = {}
     for path in (path.expanduser() for path in paths):
@@ -169,7 +169,7 @@ def _pictures(shapes: Sequence[tuple[Path, tuple[int, int]]], config: Config, pa
 def _point(picture: Picture, config: Config) -> tuple[int, int]:
     """x and y of the patch that others are compared with."""
     if config.click:
-        from experiments.harness.clicking import clicked_point
+        from experiments.figures.clicking import clicked_point
 
         return clicked_point(picture.read(), f"{picture.file.name}: click on what to compare with")
     height, width = picture.size
@@ -186,7 +186,7 @@ def _draw(
     about: str,
 ) -> None:
     """The three figures of an image, and its arrays where they are asked for."""
-    from experiments.harness import map_figures
+    from experiments.figures import maps as map_figures
 
     height, width = picture.size
     rows, columns = found.features.shape[:2]
@@ -219,7 +219,7 @@ def _draw_pca(
     folder: Path, pictures: Sequence[Picture], colours: Sequence[maps.PcaMap], config: Config, about: str
 ) -> None:
     """pca.png, and pca_2.png and so on where there are many images."""
-    from experiments.harness.map_figures import save_pca
+    from experiments.figures.maps import save_pca
 
     every = "all patches" if config.foreground is None else f"first component above {config.foreground:g}, black below"
     pages = -(-len(pictures) // _PER_PAGE)

@@ -17,7 +17,9 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook(["dinojax", "converters", "experiments"], "typechecker.check")
+import tests.support.typechecker  # noqa: F401 (the hook looks it up by name)
+
+install_import_hook(["dinojax", "converters", "experiments"], "tests.support.typechecker.check")
 
 # Accelerators would otherwise multiply float32 in lower precision, and the tolerances would lose their meaning.
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -1,52 +1,67 @@
-"""The house's rules: what may import what, and that a plain import stays light."""
+"""The house's rules: what may import what, without circles, and that a plain import stays light."""
 
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.house import PACKAGES, ROOT, circle, import_graph, python_files, room, rooms_of
+
+# Each package stands on those behind it.
 ALLOWED = {
     "dinojax": {"dinojax"},
     "converters": {"converters", "dinojax"},
     "experiments": {"experiments", "converters", "dinojax"},
+    "benchmarks": {"benchmarks", "experiments", "converters", "dinojax"},
 }
-METHOD_ONLY = {"errors", "layers", "losses", "position", "schedules"}  # these import nothing of ours
-# The probe's files import nothing of ours but each other and the error class: they work on any features.
-PROBE_FILES = {"few_shot", "labelled", "linear_probe", "linear_sweep", "logistic", "neighbours", "probe"}
-OWN = {"dinojax", "converters", "experiments", "benchmarks", "tests"}
+# These work on any arrays: they import nothing of ours but the error class and each other.
+ON_THEIR_OWN = ("dinojax.models.layers", "dinojax.models.position", "dinojax.pretraining.losses",
+                "dinojax.pretraining.schedules", "dinojax.errors", "dinojax.image_ops", "dinojax.maps")  # fmt: skip
+HEAVY = {"torch", "tensorflow", "transformers", "matplotlib", "tyro", "tqdm"}
+GRAPH = import_graph()
 
 
-def imports(path: Path) -> set[str]:
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+def test_imports_point_downwards():
+    assert ALLOWED.keys() == set(PACKAGES)
+    for module, imported in GRAPH.items():
+        package = module.partition(".")[0]
+        assert {other.partition(".")[0] for other in imported} <= ALLOWED[package], module
 
 
-@pytest.mark.parametrize("package", ALLOWED)
-def test_imports_point_downwards(package):
-    for path in (ROOT / package).rglob("*.py"):
-        ours = {name.split(".")[0] for name in imports(path)} & OWN
-        assert ours <= ALLOWED[package], path
+def test_no_circle_of_imports_exists():
+    assert not circle(GRAPH)
+    assert not circle(rooms_of(GRAPH))
+
+
+def test_a_circle_would_be_found():
+    """Also one that a function's import closes."""
+    assert "experiments.data.tiny_imagenet_builder" in GRAPH["experiments.data.load"]  # imported inside a function
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()})
 
 
 def test_the_method_imports_no_torch():
-    for path in (ROOT / "dinojax").glob("*.py"):
-        roots = {name.split(".")[0] for name in imports(path)}
-        assert not roots & {"torch", "tensorflow", "transformers", "matplotlib", "tyro", "tqdm"}, path
-        if path.stem in METHOD_ONLY:
-            assert "dinojax" not in roots, path
-        if path.stem in PROBE_FILES:
-            ours = {name for name in imports(path) if name.startswith("dinojax")}
-            assert ours <= {f"dinojax.{name}" for name in PROBE_FILES | {"errors"}}, path
+    for module, path in python_files().items():
+        if module.startswith("dinojax"):
+            nodes = list(ast.walk(ast.parse(path.read_text())))
+            names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+            names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+            assert not {name.split(".")[0] for name in names} & HEAVY, module
+
+
+def test_arrays_in_arrays_out_needs_nothing_of_ours():
+    for module in ON_THEIR_OWN:
+        assert not GRAPH[module], module
+    for module, imported in GRAPH.items():
+        if module.startswith("dinojax.probes"):
+            assert all(other.startswith(("dinojax.probes", "dinojax.errors")) for other in imported), module
 
 
 def test_commands_never_import_each_other():
-    commands = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"__init__"}
-    for path in (ROOT / "experiments").rglob("*.py"):
-        assert not {f"experiments.{name}" for name in commands} & imports(path), path
+    commands = {module for module in GRAPH if room(module) == "experiments"} - {"experiments"}
+    for module, imported in GRAPH.items():
+        if module.startswith("experiments"):
+            assert not imported & commands, module
 
 
 @pytest.mark.parametrize(

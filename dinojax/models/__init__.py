@@ -1,0 +1,8 @@
+"""The networks: vision transformer, projection head, the published variants, and models on disk."""
+
+from dinojax.models.files import load, save
+from dinojax.models.head import DINOHead
+from dinojax.models.variants import VARIANTS
+from dinojax.models.vit import Features, VisionTransformer, ViTConfig
+
+__all__ = ["VARIANTS", "DINOHead", "Features", "ViTConfig", "VisionTransformer", "load", "save"]

@@ -1,0 +1,160 @@
+"""Finished models on disk: a folder with `model.safetensors` (every parameter by its dotted path) and `config.json`."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import safetensors
+from flax import nnx
+from jaxtyping import DTypeLike
+from safetensors.numpy import save_file
+
+from dinojax.errors import UserError
+from dinojax.models.vit import VisionTransformer, ViTConfig
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+SHIPPED = ("dinojax_vitt",)
+_KIND = "VisionTransformer"
+
+
+def named_parameters(module: nnx.Module) -> dict[str, jax.Array]:
+    """Every parameter under its dotted path, such as `blocks.0.attn.qkv.kernel`."""
+    return {_dotted(path): param[...] for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+
+
+def with_parameters(module: nnx.Module, arrays: Mapping[str, np.ndarray | jax.Array]) -> nnx.Module:
+    """A copy of `module` (real or abstract) that holds copies of exactly `arrays`, given under the dotted paths.
+
+    Raises:
+        UserError: a missing, extra or misshapen array; the message names all of them.
+    """
+    graphdef, state = nnx.split(module, nnx.Param)
+    flat = nnx.to_flat_state(state)
+    raise_unless_same({_dotted(path): param.shape for path, param in flat}, {k: v.shape for k, v in arrays.items()})
+    filled = [(path, param.replace(jax.numpy.array(arrays[_dotted(path)]))) for path, param in flat]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def raise_unless_same(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares names and shapes; the `UserError` names every missing, extra and misshapen one."""
+    problems = [f"missing {name} {tuple(expected[name])}" for name in expected if name not in given]
+    problems += [f"extra {name} {tuple(given[name])}" for name in given if name not in expected]
+    problems += [
+        f"misshapen {name} {tuple(given[name])} instead of {tuple(expected[name])}"
+        for name in expected
+        if name in given and tuple(given[name]) != tuple(expected[name])
+    ]
+    if problems:
+        raise UserError(f"these weights do not fit the model in {len(problems)} places: " + "; ".join(problems))
+
+
+def save(
+    model: VisionTransformer,
+    path: str | Path,
+    *,
+    source: Mapping[str, object] | None = None,
+    dtype: DTypeLike | None = None,
+) -> Path:
+    """Writes a model to the folder `path`, whole or not at all.
+
+    Args:
+        model: any size.
+        path: a folder that does not exist yet, or one that an earlier `save` made, which is replaced.
+        source: where the weights come from; JSON values, kept beside the configuration.
+        dtype: what the parameters are stored in; None is the dtype they have. float16 halves the file, and `load`
+            makes float32 of it.
+
+    Raises:
+        UserError: the folder holds something else, cannot be written, or a parameter is too large for `dtype`.
+    """
+    path = Path(path)
+    if path.exists() and not is_model_folder(path):
+        raise UserError(f"{path} exists and is no model of dinojax; name another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        arrays = {name: _stored(name, array, dtype) for name, array in named_parameters(model).items()}
+        save_file(arrays, partial / WEIGHTS_FILE)
+        document = {
+            "model": _KIND,
+            "config": dataclasses.asdict(model.config),
+            "sha256": _sha256(partial / WEIGHTS_FILE),
+            "source": dict(source or {}),
+        }
+        (partial / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} could not be written ({error}); make room or name another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def is_model_folder(path: str | Path) -> bool:
+    """Whether `save` wrote the folder; Hugging Face's have files of the same names."""
+    try:
+        document = json.loads((Path(path) / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and document.get("model") == _KIND
+
+
+def load(path: str | Path) -> VisionTransformer:
+    """Reads a model that `save` wrote; needs neither torch nor the network. float16 becomes float32.
+
+    Raises:
+        UserError: no such folder, damaged files (the stored SHA-256 is checked), or arrays that do not fit.
+    """
+    path = Path(path)
+    weights, config = path / WEIGHTS_FILE, path / CONFIG_FILE
+    if not (weights.is_file() and config.is_file()):
+        raise UserError(f"{path} holds no model: {CONFIG_FILE} and {WEIGHTS_FILE} were expected in it")
+    try:
+        document = json.loads(config.read_text())
+        model_config = ViTConfig(**document["config"])
+        digest = document["sha256"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{config} is no model configuration ({error}); convert the weights again") from error
+    if _sha256(weights) != digest:
+        raise UserError(f"{weights} is damaged (its SHA-256 is not the stored {digest[:12]}…); convert it again")
+    with safetensors.safe_open(weights, "numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    arrays = {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in arrays.items()}
+    return with_parameters(abstract_model(model_config), arrays)
+
+
+def abstract_model(config: ViTConfig) -> VisionTransformer:
+    """A model of shapes only: nothing is drawn or stored."""
+    return nnx.eval_shape(lambda: VisionTransformer(config, rngs=nnx.Rngs(0)))
+
+
+def shipped_folder(name: str) -> Path | None:
+    """The folder of a model that comes with the package; None where none has that name."""
+    folder = Path(__file__).parents[1] / "assets" / name
+    return folder if name in SHIPPED else None
+
+
+def _stored(name: str, array: jax.Array, dtype: DTypeLike | None) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        stored = np.asarray(array).astype(dtype or array.dtype)
+    if not np.isfinite(stored).all() and np.isfinite(array).all():
+        raise UserError(f"{name} holds values that {np.dtype(stored.dtype)} cannot; store the model in float32")
+    return stored
+
+
+def _dotted(path: tuple[object, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

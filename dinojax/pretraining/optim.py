@@ -1,0 +1,108 @@
+"""DINO's optimiser as optax transforms: clipping per tensor, decay groups, the frozen last layer.
+
+Source: facebookresearch/dino 7c446df `utils.clip_gradients`, `utils.get_params_groups`,
+`utils.cancel_gradients_last_layer`, and `torch.optim.AdamW`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from dinojax.pretraining.schedules import Schedule
+
+LAST_LAYER = "last_layer"
+
+
+def dino_optimizer(
+    learning_rate: Schedule,
+    weight_decay: Schedule,
+    *,
+    clip_norm: float | None = 3.0,
+    freeze_last_layer_steps: int = 0,
+    frozen: tuple[str, ...] = (),
+) -> optax.GradientTransformation:
+    """AdamW as DINO uses it.
+
+    Every tensor is clipped to `clip_norm` on its own. Biases and other vectors are not decayed; class token, position
+    table and prototypes are. For the first `freeze_last_layer_steps` the head's last layer does not exist for the
+    optimiser: no step, no decay, no moments, and its bias correction starts when it thaws.
+
+    Args:
+        learning_rate: step → value.
+        weight_decay: step → value.
+        clip_norm: None or 0 leaves clipping out.
+        freeze_last_layer_steps: upstream's `freeze_last_layer` epochs, in steps.
+        frozen: names of parameters that never change, such as "weight_g".
+    """
+
+    def adamw(delay: int) -> optax.GradientTransformation:
+        """For parameters whose first step is step `delay` of the training."""
+        return optax.chain(
+            clip_by_tensor_norm(clip_norm) if clip_norm else optax.identity(),
+            optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+            optax.add_decayed_weights(lambda count: weight_decay(count + delay), mask=is_decayed),
+            optax.scale_by_learning_rate(lambda count: learning_rate(count + delay)),
+        )
+
+    def group(path: tuple[Any, ...], _: Any) -> str:
+        names = _names(path)
+        if names[-1] in frozen:
+            return "frozen"
+        return LAST_LAYER if LAST_LAYER in names else "rest"
+
+    return optax.partition(
+        {
+            "rest": adamw(delay=0),
+            LAST_LAYER: asleep_for(freeze_last_layer_steps, adamw(delay=freeze_last_layer_steps)),
+            "frozen": optax.set_to_zero(),
+        },
+        lambda params: jax.tree_util.tree_map_with_path(group, params),
+    )
+
+
+def clip_by_tensor_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scales every tensor by min(1, max_norm / (‖g‖ + 1e-6)), each on its own."""
+
+    def clip(gradient: Array) -> Array:
+        norm = jnp.linalg.norm(gradient.ravel())
+        return gradient * jnp.minimum(1, max_norm / (norm + 1e-6)).astype(gradient.dtype)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
+
+
+def is_decayed(params: Any) -> Any:
+    """Which parameters are decayed: all but biases and other vectors."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, param: _names(path)[-1] != "bias" and jnp.ndim(param) > 1, params
+    )
+
+
+class AsleepState(NamedTuple):
+    """Steps seen so far, and the state of what sleeps."""
+
+    count: Int[Array, ""]
+    inner: optax.OptState
+
+
+def asleep_for(steps: int, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, after `steps` steps in which there are no updates and its state does not move."""
+
+    def init(params: Any) -> AsleepState:
+        return AsleepState(jnp.zeros([], jnp.int32), inner.init(params))
+
+    def update(updates: Any, state: AsleepState, params: Any = None) -> tuple[Any, AsleepState]:
+        awake = state.count >= steps
+        moved, moved_state = inner.update(updates, state.inner, params)
+        moved = jax.tree.map(lambda x: jnp.where(awake, x, 0), moved)
+        kept = jax.tree.map(lambda new, old: jnp.where(awake, new, old), moved_state, state.inner)
+        return moved, AsleepState(optax.safe_increment(state.count), kept)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    """The names along a path through nested dictionaries; a Flax variable's own `.value` is none."""
+    return [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]

@@ -1,0 +1,282 @@
+"""The DINO step: student and teacher on all crops, loss, optimiser, moving averages, as one pure function.
+
+`make_train_step` starts from crops, `make_pretrain_steps` from raw pixels that lie on the device.
+
+Source: facebookresearch/dino 7c446df `main_dino.train_one_epoch`, `utils.MultiCropWrapper`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int, Key, PyTree, UInt8
+
+from dinojax.models.head import DINOHead
+from dinojax.models.vit import VisionTransformer
+from dinojax.pretraining.augment import MultiCropConfig, multi_crop
+from dinojax.pretraining.losses import dino_loss, dino_loss_in_chunks, entropy, teacher_probs, updated_center
+from dinojax.pretraining.monitors import feature_std, gradient_norms
+from dinojax.pretraining.schedules import Schedule
+
+Crops = Float[Array, "_crops batch _height _width channels"]
+Metrics = dict[str, Array]
+
+
+class DINO(nnx.Module):
+    """A backbone and a head; crops of one size pass the backbone together, all crops the head together."""
+
+    def __init__(self, backbone: VisionTransformer, head: DINOHead):
+        self.backbone = backbone
+        self.head = head
+
+    def __call__(
+        self, crops: Sequence[Crops], *, key: Key[Array, ""] | None = None, remat: bool = False
+    ) -> Float[Array, "crops batch prototypes"]:
+        """Logits of groups of crops, each group of one size, in the order given."""
+        return self.head(self.features(crops, key=key, remat=remat))
+
+    def features(
+        self, crops: Sequence[Crops], *, key: Key[Array, ""] | None = None, remat: bool = False
+    ) -> Float[Array, "crops batch dim"]:
+        """The class tokens of groups of crops."""
+        keys = [None] * len(crops) if key is None else list(jax.random.split(key, len(crops)))
+        return jnp.concatenate(
+            [
+                self.backbone(group.reshape(-1, *group.shape[2:]), key=group_key, remat=remat).cls_token.reshape(
+                    *group.shape[:2], -1
+                )
+                for group, group_key in zip(crops, keys)
+            ]
+        )
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step; one pytree, which is the checkpoint."""
+
+    step: Int[Array, ""]
+    student: PyTree
+    teacher: PyTree
+    opt_state: optax.OptState
+    center: Float[Array, " prototypes"]
+
+
+class Outcome(NamedTuple):
+    """What the teacher and the loss of one batch leave behind for the center and the monitors."""
+
+    loss: Float[Array, ""]
+    teacher_entropy: Float[Array, ""]
+    teacher_logits: Float[Array, " prototypes"]
+    """Mean over crops and images."""
+    feature_std: Float[Array, ""]
+    """Of the teacher's class tokens of the first global crop."""
+
+
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+
+
+def init_state(model: DINO, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; the teacher starts as a copy of the student."""
+    student = nnx.state(model, nnx.Param)
+    prototypes = model.head.last_layer.weight_v.shape[0]
+    dtype = model.head.last_layer.weight_v.dtype
+    return TrainState(
+        step=jnp.zeros([], jnp.int32),
+        student=student,
+        teacher=jax.tree.map(jnp.copy, student),  # donated states must not hold one buffer twice
+        opt_state=optimizer.init(student),
+        center=jnp.zeros(prototypes, dtype),
+    )
+
+
+def make_train_step(
+    model: DINO,
+    optimizer: optax.GradientTransformation,
+    *,
+    teacher_temp: Schedule,
+    teacher_momentum: Schedule,
+    student_temp: float = 0.1,
+    center_momentum: float = 0.9,
+    clip_norm: float | None = None,
+    compute_dtype: DTypeLike | None = None,
+    accumulation_steps: int = 1,
+    remat: bool = False,
+    prototype_chunk: int | None = None,
+) -> TrainStep:
+    """Returns `train_step(state, crops, key) -> (state, metrics)`, pure, to be jitted by the caller.
+
+    Args:
+        model: gives the architecture alone; the parameters are in the state.
+        optimizer: see `dinojax.pretraining.optim.dino_optimizer`.
+        teacher_temp: step → the teacher's temperature.
+        teacher_momentum: step → weight of the old teacher in the moving average.
+        student_temp: divides the student's logits.
+        center_momentum: weight of the old center.
+        clip_norm: as the optimizer has it; only the monitor counts with it.
+        compute_dtype: networks compute in it, such as bfloat16 on a GPU; parameters, loss and center stay as they are.
+        accumulation_steps: so many parts of the batch follow each other, and their gradients are averaged: the same
+            step with less memory.
+        remat: keep only what enters each block, and compute the rest again for the gradient.
+        prototype_chunk: form the logits so many prototypes at a time, see `dino_loss_in_chunks`.
+
+    The step takes groups of crops, the global ones first, and a key for drop path (None for none). Its metrics are
+    scalars: loss, teacher_entropy and kl in nats (the loss is the sum of both), center_norm, feature_std, gradient_norm
+    before clipping, and clipped_share of the tensors.
+    """
+    gradients_of = _make_gradients(
+        model,
+        teacher_temp=teacher_temp,
+        student_temp=student_temp,
+        compute_dtype=compute_dtype,
+        remat=remat,
+        prototype_chunk=prototype_chunk,
+    )
+
+    def train_step(
+        state: TrainState, crops: Sequence[Crops], key: Key[Array, ""] | None = None
+    ) -> tuple[TrainState, Metrics]:
+        gradients, outcome = _averaged_over_parts(gradients_of, accumulation_steps, state, crops, key)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.student)
+        student = optax.apply_updates(state.student, updates)
+        teacher = optax.incremental_update(student, state.teacher, 1 - teacher_momentum(state.step))
+        center = updated_center(state.center, outcome.teacher_logits[None, None], center_momentum)
+        gradient_norm, clipped_share = gradient_norms(gradients, clip_norm)
+        metrics = {
+            "loss": outcome.loss,
+            "teacher_entropy": outcome.teacher_entropy,
+            "kl": outcome.loss - outcome.teacher_entropy,
+            "center_norm": jnp.linalg.norm(center),
+            "feature_std": outcome.feature_std,
+            "gradient_norm": gradient_norm,
+            "clipped_share": clipped_share,
+        }
+        return TrainState(state.step + 1, student, teacher, opt_state, center), metrics
+
+    return train_step
+
+
+def _make_gradients(
+    model: DINO,
+    *,
+    teacher_temp: Schedule,
+    student_temp: float,
+    compute_dtype: DTypeLike | None,
+    remat: bool,
+    prototype_chunk: int | None,
+) -> Callable[[TrainState, Sequence[Crops], Array | None], tuple[PyTree, Outcome]]:
+    """Returns `gradients_of(state, crops, key)`: of the loss of one batch by the student's parameters."""
+    graphdef, _ = nnx.split(model, nnx.Param)
+
+    def network(parameters: PyTree) -> DINO:
+        if compute_dtype is not None:
+            parameters = jax.tree.map(lambda x: x.astype(compute_dtype), parameters)
+        return nnx.merge(graphdef, parameters)
+
+    def gradients_of(state: TrainState, crops: Sequence[Crops], key: Array | None) -> tuple[PyTree, Outcome]:
+        teacher, temperature = network(state.teacher), teacher_temp(state.step)
+        features = teacher.features(crops[:1])
+
+        def whole(student: PyTree) -> tuple[Array, tuple[Array, Array]]:
+            logits = teacher.head(features)
+            targets = teacher_probs(logits, state.center, temperature)
+            loss = dino_loss(network(student)(crops, key=key, remat=remat), targets, student_temp)
+            return loss, (entropy(targets), jnp.mean(logits, axis=(0, 1), dtype=state.center.dtype))
+
+        def in_chunks(student: PyTree) -> tuple[Array, tuple[Array, Array]]:
+            net = network(student)
+            ours, prototypes = net.head.embed(net.features(crops, key=key, remat=remat)), net.head.last_layer.weight()
+            theirs, their_prototypes = teacher.head.embed(features), teacher.head.last_layer.weight()
+            temperatures = (temperature, student_temp)
+            loss, entropy = dino_loss_in_chunks(
+                ours, prototypes, theirs, their_prototypes, state.center, *temperatures, chunk=prototype_chunk
+            )
+            mean = jnp.mean(theirs, axis=(0, 1), dtype=state.center.dtype)
+            return loss, (entropy, their_prototypes.astype(mean.dtype) @ mean)
+
+        loss_of = whole if prototype_chunk is None else in_chunks
+        (loss, (teacher_entropy, logits)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.student)
+        return gradients, Outcome(loss, teacher_entropy, logits, feature_std(features[0]))
+
+    return gradients_of
+
+
+def _averaged_over_parts(
+    function: Callable[[TrainState, Sequence[Crops], Array | None], PyTree],
+    parts: int,
+    state: TrainState,
+    crops: Sequence[Crops],
+    key: Array | None,
+) -> PyTree:
+    """The mean of `function` over equal parts of the batch, one after the other."""
+    if parts == 1:
+        return function(state, crops, key)
+    batch = crops[0].shape[1]
+    if batch % parts:
+        raise ValueError(f"accumulation_steps={parts} does not divide the batch of {batch}")
+
+    def split(group: Crops) -> Array:
+        return jnp.moveaxis(group.reshape(group.shape[0], parts, batch // parts, *group.shape[2:]), 1, 0)
+
+    def add(total: PyTree, part: tuple[Array, Sequence[Crops]]) -> tuple[PyTree, None]:
+        index, crops = part
+        result = function(state, crops, None if key is None else jax.random.fold_in(key, index))
+        return jax.tree.map(lambda a, b: a + b / parts, total, result), None
+
+    part = (jnp.arange(parts), [split(group) for group in crops])
+    shapes = jax.eval_shape(function, state, [group[0] for group in part[1]], key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, part)[0]
+
+
+class Batches(NamedTuple):
+    """Which images the next steps take."""
+
+    rows: Int[Array, "steps batch"]
+    """Where they lie in the images given."""
+    ids: Int[Array, "steps batch"]
+    """What tells them apart in the whole data set, so that an image gets the same views wherever it lies."""
+    epochs: Int[Array, " steps"]
+    """The epoch of each step; an image gets new views in each."""
+
+
+def make_pretrain_steps(
+    train_step: TrainStep, crops: MultiCropConfig, key: Key[Array, ""], *, drop_path: bool
+) -> Callable[[TrainState, UInt8[Array, "images height width 3"], Batches, Int[Array, ""] | int], tuple]:
+    """Returns `steps(state, images, batches, count) -> (state, metrics)`: augmentation and step, `count` times over.
+
+    Args:
+        train_step: from `make_train_step`.
+        crops: see `multi_crop`.
+        key: of the whole run; what a step draws follows from it, the epoch and the step alone.
+        drop_path: whether the student's drop path is drawn.
+
+    `batches` may hold more steps than are taken; the metrics of those are zero. One program thus serves the last,
+    shorter part of an epoch as well.
+    """
+    crop_key, drop_key = jax.random.split(key)
+
+    def one(state: TrainState, images: Array, batch: Batches) -> tuple[TrainState, Metrics]:
+        views = multi_crop(jax.random.fold_in(crop_key, batch.epochs), images[batch.rows], crops, batch.ids)
+        groups = views if crops.local_crops else views[:1]
+        return train_step(state, groups, jax.random.fold_in(drop_key, state.step) if drop_path else None)
+
+    def steps(
+        state: TrainState, images: Array, batches: Batches, count: Int[Array, ""] | int
+    ) -> tuple[TrainState, Metrics]:
+        most = len(batches.epochs)
+        if most == 1:  # a loop of one step would only keep XLA from fusing across its border
+            state, metrics = one(state, images, jax.tree.map(lambda x: x[0], batches))
+            return state, jax.tree.map(lambda x: x[None], metrics)
+
+        def body(index: Array, carried: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, metrics = carried
+            state, new = one(state, images, jax.tree.map(lambda x: x[index], batches))
+            return state, jax.tree.map(lambda all_, value: all_.at[index].set(value), metrics, new)
+
+        shapes = jax.eval_shape(one, state, images, jax.tree.map(lambda x: x[0], batches))[1]
+        metrics = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), shapes)
+        return jax.lax.fori_loop(0, count, body, (state, metrics))
+
+    return steps

@@ -1,0 +1,62 @@
+"""Few-shot classification: how well a handful of labelled images a class serves, over several draws of them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dinojax.errors import UserError
+from dinojax.probes.labelled import few_shot_indices
+from dinojax.probes.linear import linear_logits
+from dinojax.probes.logistic import fit_logistic
+from dinojax.probes.neighbours import knn_predict
+
+FEW_SHOT_METHODS = ("1nn", "knn", "linear")
+
+
+def few_shot(
+    train_features: Float[Array | np.ndarray, "train dim"],
+    train_labels: Int[Array | np.ndarray, " train"],
+    test_features: Float[Array | np.ndarray, "test dim"],
+    test_labels: Int[Array | np.ndarray, " test"],
+    *,
+    num_classes: int,
+    shots: int = 5,
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    methods: Sequence[str] = FEW_SHOT_METHODS,
+) -> dict[str, Float[np.ndarray, " seeds"]]:
+    """Accuracy on all test images of classifiers that see `shots` training images a class, drawn anew for every seed.
+
+    "1nn" is the nearest image by cosine, "knn" DINO's weighted vote of the `shots` nearest, "linear" logistic
+    regression with C = 1. None of them has a setting that the test images could choose.
+
+    Returns:
+        For each of `methods` the accuracy (fraction) of every seed.
+
+    Raises:
+        UserError: a method of another name, a class with fewer images than `shots`, or features that are not finite.
+    """
+    if unknown := [method for method in methods if method not in FEW_SHOT_METHODS]:
+        raise UserError(f"{unknown[0]!r} is none of the few-shot methods {', '.join(FEW_SHOT_METHODS)}")
+    accuracies: dict[str, list[float]] = {method: [] for method in methods}
+    for seed in seeds:
+        chosen = few_shot_indices(train_labels, shots, seed)
+        train = np.asarray(train_features)[chosen], np.asarray(train_labels)[chosen]
+        predicted = _predict(train, test_features, methods, num_classes=num_classes, shots=shots)
+        for method in methods:
+            accuracies[method].append(np.mean(predicted[method] == np.asarray(test_labels)))
+    return {method: np.array(values) for method, values in accuracies.items()}
+
+
+def _predict(train: tuple, test_features, methods: Sequence[str], *, num_classes: int, shots: int) -> dict:
+    """Predicted classes by method; both neighbour methods share one search."""
+    ks = {"1nn": 1, "knn": shots}
+    wanted = [ks[method] for method in methods if method in ks]
+    predicted = {}
+    if wanted:
+        by_k = knn_predict(*train, test_features, num_classes=num_classes, ks=wanted)
+        predicted = {method: by_k[ks[method]] for method in methods if method in ks}
+    if "linear" in methods:
+        head = fit_logistic(*train, num_classes=num_classes, C=1.0)
+        predicted["linear"] = np.asarray(linear_logits(head, test_features)).argmax(axis=1)
+    return predicted

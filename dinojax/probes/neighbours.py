@@ -1,0 +1,194 @@
+"""Nearest neighbours among frozen features: DINO's weighted k-NN by cosine, and the plain one by Euclidean distance.
+
+Training features pass through the device in chunks and are merged by a running top-k, so they may be larger than its
+memory (pass a numpy array or memory map).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dinojax.errors import UserError
+from dinojax.probes.labelled import check_classes, check_finite
+
+# Rows of training features on the device at once, and rows of test features compared with them at once: together they
+# bound the memory (the largest array is their product) whatever the sizes of the sets.
+_TRAIN_ROWS = 65_536
+_TEST_ROWS = 256
+# Neighbours by the device's rounded distance among which the exact one chooses, beyond the k asked for.
+_SPARE = 16
+_EXACT_ROWS = 1024
+
+
+def nearest_neighbours(
+    train_features: Float[Array | np.ndarray, "train dim"],
+    test_features: Float[Array | np.ndarray, "test dim"],
+    k: int,
+) -> tuple[Float[np.ndarray, "test k"], Int[np.ndarray, "test k"]]:
+    """The `k` training images of highest cosine similarity for every test image, best first, ties by lower index.
+
+    Returns:
+        Cosine similarities and indices of training images.
+
+    Raises:
+        UserError: `k` is not between 1 and the number of training images, or a feature is not finite.
+    """
+    return _search(train_features, test_features, k, cosine=True)
+
+
+def euclidean_neighbours(
+    train_features: Float[Array | np.ndarray, "train dim"],
+    test_features: Float[Array | np.ndarray, "test dim"],
+    k: int,
+) -> tuple[Float[np.ndarray, "test k"], Int[np.ndarray, "test k"]]:
+    """The `k` training images of least Euclidean distance to every test image, nearest first, ties by lower index.
+
+    The device finds somewhat more than `k` in float32; their order comes from differences in float64.
+
+    Returns:
+        Distances and indices of training images.
+
+    Raises:
+        UserError: `k` is not between 1 and the number of training images, or a feature is not finite.
+    """
+    _check_k(k, len(train_features))
+    found = _search(train_features, test_features, min(k + _SPARE, len(train_features)), cosine=False)[1]
+    candidates = np.sort(found, axis=1)
+    distances = np.empty((len(test_features), k))
+    indices = np.empty((len(test_features), k), candidates.dtype)
+    train, test = np.asarray(train_features), np.asarray(test_features)
+    for start in range(0, len(test), _EXACT_ROWS):
+        rows = slice(start, start + _EXACT_ROWS)
+        difference = train[candidates[rows]] - test[rows, None].astype(np.float64)
+        squared = np.einsum("tcd,tcd->tc", difference, difference)
+        order = np.argsort(squared, axis=1, kind="stable")[:, :k]
+        distances[rows] = np.sqrt(np.take_along_axis(squared, order, axis=1))
+        indices[rows] = np.take_along_axis(candidates[rows], order, axis=1)
+    return distances, indices
+
+
+def knn_votes(
+    similarities: Float[np.ndarray, "test neighbours"],
+    neighbour_labels: Int[np.ndarray, "test neighbours"],
+    *,
+    num_classes: int,
+    k: int,
+    temperature: float = 0.07,
+) -> Float[np.ndarray, "test classes"]:
+    """What the first `k` neighbours give each class: the sum of exp(similarity / temperature).
+
+    Source: facebookresearch/dino 7c446df `eval_knn.py`, `knn_classifier`.
+    """
+    return _count(neighbour_labels[:, :k], np.exp(similarities[:, :k].astype(np.float64) / temperature), num_classes)
+
+
+def knn_predict(
+    train_features: Float[Array | np.ndarray, "train dim"],
+    train_labels: Int[Array | np.ndarray, " train"],
+    test_features: Float[Array | np.ndarray, "test dim"],
+    *,
+    num_classes: int,
+    ks: Sequence[int] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+) -> dict[int, Int[np.ndarray, " test"]]:
+    """DINO's weighted k-NN classifier for several `k` from one search; equal votes go to the lower class index.
+
+    Returns:
+        The predicted class of every test image, for each of `ks`.
+
+    Raises:
+        UserError: a `k` that is not between 1 and the number of training images, or labels or features that no
+            classifier can use.
+    """
+    check_classes(train_labels, num_classes)
+    _check_k(min(ks), len(train_features))
+    similarities, indices = nearest_neighbours(train_features, test_features, max(ks))
+    labels = np.asarray(train_labels)[indices]
+    votes = partial(knn_votes, similarities, labels, num_classes=num_classes, temperature=temperature)
+    return {k: votes(k=k).argmax(axis=1) for k in ks}
+
+
+def euclidean_knn_predict(
+    train_features: Float[Array | np.ndarray, "train dim"],
+    train_labels: Int[Array | np.ndarray, " train"],
+    test_features: Float[Array | np.ndarray, "test dim"],
+    *,
+    num_classes: int,
+    k: int = 5,
+) -> Int[np.ndarray, " test"]:
+    """The majority among the `k` training images nearest by Euclidean distance; equal counts go to the lower class.
+
+    Equal to scikit-learn's `KNeighborsClassifier(n_neighbors=k)`, except that among images at exactly the same
+    distance, of which only some can be among the `k`, the lower index comes first here.
+
+    Raises:
+        UserError: a `k` that is not between 1 and the number of training images, or labels or features that no
+            classifier can use.
+    """
+    check_classes(train_labels, num_classes)
+    indices = euclidean_neighbours(train_features, test_features, k)[1]
+    labels = np.asarray(train_labels)[indices]
+    return _count(labels, np.ones(labels.shape), num_classes).argmax(axis=1)
+
+
+def _count(labels: np.ndarray, weights: np.ndarray, num_classes: int) -> np.ndarray:
+    """The sum of weights for each class, "test classes"."""
+    tests = len(labels)
+    cells = np.arange(tests)[:, None] * num_classes + labels
+    return np.bincount(cells.ravel(), weights.ravel(), minlength=tests * num_classes).reshape(tests, num_classes)
+
+
+def _check_k(k: int, total: int) -> None:
+    if not 1 <= k <= total:
+        raise UserError(f"k={k} is not between 1 and the {total} training images")
+
+
+def _search(train_features, test_features, k: int, *, cosine: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Scores, descending, and indices; the score is the cosine, or the product less half the squared length."""
+    total, tests = len(train_features), len(test_features)
+    _check_k(k, total)
+    check_finite(test_features)
+    rows = -(-total // -(-total // _TRAIN_ROWS))
+    queries = jnp.asarray(test_features, jnp.float32)
+    # Distances do not change when both sets move; near the origin less of them is lost to rounding.
+    centre = 0 if cosine else np.asarray(train_features[:rows], np.float32).mean(axis=0)
+    queries = _normalise(queries) if cosine else queries - centre
+    queries = jnp.pad(queries, ((0, -tests % _TEST_ROWS), (0, 0))).reshape(-1, _TEST_ROWS, queries.shape[1])
+    best = jnp.full((*queries.shape[:2], k), -jnp.inf), jnp.zeros((*queries.shape[:2], k), jnp.int32)
+    for start in range(0, total, rows):
+        chunk = np.asarray(train_features[start : start + rows], np.float32)
+        check_finite(chunk)
+        padded = np.pad(chunk - centre, ((0, rows - len(chunk)), (0, 0)))
+        best = _merge_neighbours(best, queries, padded, start, len(chunk), cosine=cosine)
+    scores, indices = (np.asarray(array).reshape(-1, k)[:tests] for array in best)
+    return scores, indices
+
+
+def _normalise(features: Array) -> Array:
+    """Unit L2 norm; zero stays zero."""
+    return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+
+
+@partial(jax.jit, donate_argnums=0, static_argnames="cosine")
+def _merge_neighbours(best: tuple, queries: Array, chunk: Array, start: Array, valid: Array, *, cosine: bool) -> tuple:
+    """The running best of every query after one more chunk, of which only the first `valid` rows are images."""
+    chunk = _normalise(chunk) if cosine else chunk
+    handicap = jnp.zeros(len(chunk)) if cosine else -0.5 * jnp.sum(chunk**2, axis=1)
+    handicap = jnp.where(jnp.arange(len(chunk)) < valid, handicap, -jnp.inf)
+    chunk = chunk.T
+
+    def merge(rows):
+        scores, indices, query = rows
+        k = scores.shape[1]
+        found = jnp.matmul(query, chunk, precision="highest") + handicap
+        found, position = jax.lax.top_k(found, min(k, chunk.shape[1]))
+        # Earlier chunks stand first, and top_k keeps the order of equals: ties go to the lower training index.
+        scores, choice = jax.lax.top_k(jnp.concatenate([scores, found], axis=1), k)
+        indices = jnp.concatenate([indices, position + start], axis=1)
+        return scores, jnp.take_along_axis(indices, choice, axis=1)
+
+    return jax.lax.map(merge, (*best, queries))

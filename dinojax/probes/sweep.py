@@ -1,0 +1,209 @@
+"""DINOv2's linear evaluation: many linear classifiers at once, of which held-out images choose one.
+
+Source of the protocol: facebookresearch/dinov2 `dinov2/eval/linear.py`. There the test set chooses; here it does not.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from dinojax.errors import UserError
+from dinojax.probes.labelled import check_finite, check_labelled, check_range
+from dinojax.probes.linear import LinearHead, cross_entropy, minibatches
+
+# For a batch of 256 images; a smaller batch takes less, in proportion.
+SWEEP_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+_MOMENTUM = 0.9
+_INITIAL_DEVIATION = 0.01
+_ROWS = 1024
+
+BlockFeatures = Float[Array | np.ndarray, "images features dim"]
+
+
+class SweepSettings(NamedTuple):
+    """What tells one classifier of the sweep from another.
+
+    Attributes:
+        learning_rate: for a batch of 256 images.
+        blocks: how many of the last blocks give their CLS token.
+        mean_patch: whether the mean patch token of the last block stands behind them.
+    """
+
+    learning_rate: float
+    blocks: int
+    mean_patch: bool
+
+
+class SweepResult(NamedTuple):
+    """The classifiers of a sweep, and which is best: the highest held-out accuracy, then the lowest held-out loss.
+
+    Attributes:
+        settings: of every classifier.
+        heldout_accuracy: fractions.
+        heldout_loss: mean cross-entropy in nats.
+        best: index of the best classifier.
+        head: the best classifier; it takes `sweep_inputs(features, settings[best])`.
+    """
+
+    settings: tuple[SweepSettings, ...]
+    heldout_accuracy: Float[np.ndarray, " heads"]
+    heldout_loss: Float[np.ndarray, " heads"]
+    best: int
+    head: LinearHead
+
+
+def sweep_inputs(features: BlockFeatures, settings: SweepSettings) -> Float[Array | np.ndarray, "images width"]:
+    """What one classifier of the sweep sees: CLS tokens of its blocks, earlier ones first, then the mean patch."""
+    start, stop = _columns(features.shape[1:], settings.blocks, settings.mean_patch)
+    return features.reshape(len(features), -1)[:, start:stop]
+
+
+def fit_linear_sweep(
+    train_features: Float[Array | np.ndarray, "train features dim"],
+    train_labels: Int[Array | np.ndarray, " train"],
+    heldout_features: Float[Array | np.ndarray, "heldout features dim"],
+    heldout_labels: Int[Array | np.ndarray, " heldout"],
+    *,
+    num_classes: int,
+    key: Key[Array, ""],
+    learning_rates: Sequence[float] = SWEEP_LEARNING_RATES,
+    steps: int = 12_500,
+    batch_size: int = 128,
+) -> SweepResult:
+    """One linear classifier for each learning rate and each of four inputs, all trained on the same minibatches.
+
+    The features of an image are the CLS tokens of its last blocks and, in the last place, its mean patch token. The
+    inputs are the CLS token of the last block or of all these blocks, each with and without the mean patch token. Every
+    classifier becomes what `fit_sgd_linear` makes of its input and rate alone with the same `key`.
+
+    Raises:
+        UserError: features, labels or settings that nothing can be learned from.
+    """
+    _check((train_features, train_labels), steps, batch_size, num_classes)
+    check_range(heldout_labels, num_classes)
+    check_finite(heldout_features)
+    blocks = train_features.shape[1] - 1
+    inputs = [(n, mean_patch) for n in dict.fromkeys((1, blocks)) for mean_patch in (False, True)]
+    columns = tuple(_columns(train_features.shape[1:], *choice) for choice in inputs)
+    options = {"columns": columns, "num_classes": num_classes}
+    heads = train_heads(
+        _flat(train_features),
+        jnp.asarray(train_labels),
+        key,
+        jnp.asarray(learning_rates, float),
+        steps=steps,
+        batch_size=min(batch_size, len(train_labels)),
+        **options,
+    )
+    loss, accuracy = evaluate_heads(heads, _flat(heldout_features), jnp.asarray(heldout_labels), **options)
+    loss, accuracy = np.asarray(loss), np.asarray(accuracy)
+    best = int(np.lexsort((loss, -accuracy))[0])
+    group, place = divmod(best, len(learning_rates))
+    mine = slice(place * num_classes, (place + 1) * num_classes)
+    head = LinearHead(heads[group].kernel[:, mine], heads[group].bias[mine])
+    settings = tuple(SweepSettings(rate, *choice) for choice in inputs for rate in learning_rates)
+    return SweepResult(settings, accuracy, loss, best, head)
+
+
+def fit_sgd_linear(
+    features: Float[Array | np.ndarray, "images width"],
+    labels: Int[Array | np.ndarray, " images"],
+    *,
+    num_classes: int,
+    key: Key[Array, ""],
+    learning_rate: float,
+    steps: int = 12_500,
+    batch_size: int = 128,
+) -> LinearHead:
+    """One linear classifier of the sweep, by itself: SGD with momentum 0.9, a cosine to zero, no weight decay.
+
+    The kernel starts normal with deviation 0.01, the bias at zero. The step is `learning_rate` · `batch_size` / 256.
+
+    Raises:
+        UserError: features, labels or settings that nothing can be learned from.
+    """
+    _check((features, labels), steps, batch_size, num_classes)
+    (head,) = train_heads(
+        jnp.asarray(features, float),
+        jnp.asarray(labels),
+        key,
+        jnp.asarray([learning_rate], float),
+        columns=((0, features.shape[1]),),
+        num_classes=num_classes,
+        steps=steps,
+        batch_size=min(batch_size, len(labels)),
+    )
+    return head
+
+
+@partial(jax.jit, static_argnames=("columns", "num_classes", "steps", "batch_size"))
+def train_heads(features, labels, key, learning_rates, *, columns, num_classes, steps, batch_size) -> list[LinearHead]:
+    """For each of `columns` the heads of all learning rates side by side, "width rates*classes"."""
+    init_key, order_key = jax.random.split(key)
+    rates = jnp.repeat(learning_rates * (batch_size / 256), num_classes)
+    heads = [_initial(init_key, stop - start, num_classes, len(learning_rates)) for start, stop in columns]
+
+    def loss(heads, rows, labels):
+        scores = [_scores(head, rows[:, slice(*place)], num_classes) for head, place in zip(heads, columns)]
+        return sum(cross_entropy(score, labels[:, None]).mean(axis=0).sum() for score in scores)
+
+    def step(carry, batch_and_step):
+        heads, velocity = carry
+        batch, step = batch_and_step
+        gradients = jax.grad(loss)(heads, features[batch], labels[batch])
+        velocity = jax.tree.map(lambda v, g: _MOMENTUM * v + g, velocity, gradients)
+        step_size = rates * (0.5 * (1 + jnp.cos(jnp.pi * step / steps)))
+        return (jax.tree.map(lambda p, v: p - step_size * v, heads, velocity), velocity), None
+
+    batches = minibatches(order_key, len(labels), batch_size, steps)
+    carry = heads, jax.tree.map(jnp.zeros_like, heads)
+    return jax.lax.scan(step, carry, (batches, jnp.arange(steps)))[0][0]
+
+
+@partial(jax.jit, static_argnames=("columns", "num_classes"))
+def evaluate_heads(heads, features, labels, *, columns, num_classes) -> tuple[Array, Array]:
+    """Mean loss and accuracy of every head, a few images at a time."""
+
+    def one(row_and_label):
+        row, label = row_and_label
+        scores = [_scores(head, row[None, slice(*place)], num_classes)[0] for head, place in zip(heads, columns)]
+        scores = jnp.concatenate(scores)
+        return cross_entropy(scores, jnp.broadcast_to(label, len(scores))), scores.argmax(axis=-1) == label
+
+    loss, hits = jax.lax.map(one, (features, labels), batch_size=_ROWS)
+    return loss.mean(axis=0), hits.mean(axis=0)
+
+
+def _scores(head: LinearHead, rows: Array, num_classes: int) -> Array:
+    """Logits "images rates classes"."""
+    logits = jnp.matmul(rows, head.kernel, precision="highest") + head.bias
+    return logits.reshape(len(rows), -1, num_classes)
+
+
+def _initial(key: Array, width: int, num_classes: int, rates: int) -> LinearHead:
+    kernel = _INITIAL_DEVIATION * jax.random.normal(key, (width, num_classes), jnp.asarray(0.0).dtype)
+    return LinearHead(jnp.tile(kernel, rates), jnp.zeros(rates * num_classes))
+
+
+def _columns(shape: tuple[int, int], blocks: int, mean_patch: bool) -> tuple[int, int]:
+    """First column and the one after the last, where the tokens of an image stand in a row."""
+    tokens, dim = shape
+    if not 1 <= blocks < tokens:
+        raise UserError(f"blocks={blocks} is not between 1 and the {tokens - 1} blocks that there are features of")
+    return (tokens - 1 - blocks) * dim, (tokens if mean_patch else tokens - 1) * dim
+
+
+def _flat(features: BlockFeatures) -> Array:
+    return jnp.asarray(features, float).reshape(len(features), -1)
+
+
+def _check(train: tuple, steps: int, batch_size: int, num_classes: int) -> None:
+    check_labelled(*train, num_classes)
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name}={value} is not a positive number")

@@ -1,0 +1,80 @@
+"""Files of the same content in a folder of images, as sentences: in two splits, in two classes, or twice in one."""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dinojax.errors import UserError
+from experiments.data.splits import Split
+
+WORDS = {"train": "training", "validation": "validation", "test": "test"}
+_MIDDLE_BYTES = 4096
+
+
+def find_copies(root: Path, splits: dict[str, Split]) -> list[str]:
+    """Notes about files of the same content: in two splits, under two classes, twice in a class."""
+    ids = [name for split in splits.values() for name in split.ids]
+    role = [name for name, split in splits.items() for _ in split.ids]
+    labels = np.concatenate([split.labels for split in splits.values()]).tolist()
+    groups = _same_content([root / name for name in ids])
+    # One image of each split and class stands for all of a group, which may hold thousands.
+    firsts = [list({(role[i], labels[i]): i for i in reversed(group)}.values()) for group in groups]
+
+    def note(name: str, where: str, advice: str, is_copy: Callable[[int, int], bool]) -> list[str]:
+        found = [
+            (i, next((j for j in first if is_copy(i, j)), None))
+            for group, first in zip(groups, firsts)
+            for i in group
+            if role[i] == name
+        ]
+        pairs = [f"{ids[i]} = {ids[j]}" for i, j in found if j is not None]
+        images = f"1 {WORDS[name]} image is" if len(pairs) == 1 else f"{len(pairs):,} {WORDS[name]} images are"
+        return [f"{images} {where} (for example {pairs[0]}): {advice}"] if pairs else []
+
+    notes = []
+    for name, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
+        advice = "accuracy on such images is flattering; remove one of each"
+        notes += note(name, f"also among the {WORDS[other]} images", advice, lambda _, j, other=other: role[j] == other)
+    for name in splits:
+        same_split = [
+            ("also under another class", "keep the right one of each", lambda i, j: labels[i] != labels[j]),
+            ("a second time in the same class", "remove it", lambda i, j: labels[i] == labels[j] and i != j),
+        ]
+        for where, advice, is_copy in same_split:
+            notes += note(name, where, advice, lambda i, j, is_copy=is_copy: role[i] == role[j] and is_copy(i, j))
+    return notes
+
+
+def _same_content(paths: Sequence[Path]) -> list[list[int]]:
+    """Groups of files, by index and in order, with the same bytes: by size, then a piece, and only then all of it.
+
+    The piece keeps folders of uncompressed images, whose sizes are all equal, from being read as a whole.
+    """
+    marks, left, groups = [()] * len(paths), range(len(paths)), []
+    for mark in (lambda path: path.stat().st_size, _middle, _sha256):
+        alike = defaultdict(list)
+        for i in tqdm(left, "looking for copies", unit="file", dynamic_ncols=True, leave=False, delay=1):
+            try:
+                marks[i] += (mark(paths[i]),)
+            except OSError as error:
+                raise UserError(f"{paths[i]} cannot be read ({error.strerror}); replace or remove it") from error
+            alike[marks[i]].append(i)
+        groups = [group for group in alike.values() if len(group) > 1]
+        left = [i for group in groups for i in group]
+    return groups
+
+
+def _middle(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(file.seek(0, os.SEEK_END) // 2)
+        return hashlib.sha256(file.read(_MIDDLE_BYTES)).digest()
+
+
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

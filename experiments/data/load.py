@@ -1,0 +1,73 @@
+"""Labelled images by name or path: the one entry that every command uses."""
+
+import dataclasses
+from pathlib import Path
+
+from dinojax.errors import UserError
+from experiments.data import tiny_imagenet
+from experiments.data.digits import load_digits
+from experiments.data.folder import load_folder
+from experiments.data.splits import Dataset, limit_images
+from experiments.data.tfds import import_tfds, load_tfds
+
+
+def load_dataset(
+    data: str,
+    *,
+    data_dir: Path | None = None,
+    max_train: int | None = None,
+    max_test: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """The data set that `data` names: "digits", a folder, "tiny_imagenet", or a TensorFlow Datasets name ("cifar10").
+
+    Args:
+        data: see above.
+        data_dir: where TensorFlow Datasets keeps its files (None is its own default) and Tiny-ImageNet was extracted
+            (None is the working folder).
+        max_train: draw this many training images, from every class in proportion to its size.
+        max_test: likewise.
+        seed: of that draw.
+
+    Raises:
+        UserError: everything that keeps the images from being read, within seconds.
+    """
+    if data == "digits":
+        dataset = load_digits()
+    elif Path(data).expanduser().is_dir() or data == "tiny_imagenet":
+        dataset = _load_path(data, data_dir)
+    elif Path(data).name != data or data.startswith((".", "~")):
+        raise UserError(f"--data {data}: there is no such folder")
+    else:
+        dataset = load_tfds(data, data_dir)
+    _check_classes(dataset)
+    train = limit_images(dataset.train, max_train, "--max-train", seed)
+    return dataclasses.replace(dataset, train=train, test=limit_images(dataset.test, max_test, "--max-test", seed))
+
+
+def _load_path(data: str, data_dir: Path | None) -> Dataset:
+    if data == tiny_imagenet.NAME:
+        return _load_tiny_imagenet(data_dir)
+    root = Path(data).expanduser()
+    return tiny_imagenet.load_tiny_imagenet(root) if tiny_imagenet.is_tiny_imagenet(root) else load_folder(root)
+
+
+def _load_tiny_imagenet(data_dir: Path | None) -> Dataset:
+    """The extracted folder in `data_dir` or the working folder, else the TFDS set, prepared if need be."""
+    folder = (data_dir or Path()).expanduser() / tiny_imagenet.FOLDER
+    if tiny_imagenet.is_tiny_imagenet(folder):
+        return tiny_imagenet.load_tiny_imagenet(folder)
+    import_tfds(tiny_imagenet.NAME, f"extract {tiny_imagenet.ARCHIVE.url} and pass its folder as --data")
+    from experiments.data.tiny_imagenet_builder import load_prepared
+
+    return load_prepared(data_dir)
+
+
+def _check_classes(dataset: Dataset) -> None:
+    if len(dataset.class_names) < 2:
+        raise UserError(f"--data {dataset.name}: one class, {dataset.class_names[0]!r}, leaves nothing to tell apart")
+    for split in (dataset.train, dataset.test):
+        if len(split) == 0:
+            raise UserError(f"--data {dataset.name}: its {split.name} split holds no images")
+        if split.labels.min() < 0:
+            raise UserError(f"--data {dataset.name}: its {split.name} split holds images without a label")

@@ -1,0 +1,132 @@
+"""TensorFlow Datasets as `Dataset`s, read without TensorFlow; only preparing a set for the first time needs it."""
+
+import difflib
+import importlib.util
+import io
+import logging
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from converters.download import reachable
+from dinojax.errors import UserError
+from experiments.data.splits import Dataset, Split, decode_rgb, digest
+
+TFDS_STORE = "https://storage.googleapis.com/tfds-data/"
+PATIENCE_SECONDS = 4.0
+WAYS_ON = "pass --data DIR with train/<class>/ and test/<class>/ folders, or --weights FILE, or run `make demo`"
+
+
+def load_tfds(name: str, data_dir: Path | None = None) -> Dataset:
+    """A TensorFlow Datasets set with one image and one label; TensorFlow is only needed to prepare it the first time.
+
+    Raises:
+        UserError: an unknown name, no image or label, not prepared and no way to do it here, or a format that cannot
+            be read by position.
+    """
+    import_tfds(name, WAYS_ON)
+    return read_prepared(name, _prepared_builder(name, data_dir))
+
+
+def import_tfds(name: str, ways_on: str) -> None:
+    """Imports TensorFlow Datasets and keeps it quiet.
+
+    Raises:
+        UserError: it is not installed; data set `name` needs it, or one of the `ways_on` without it.
+    """
+    if importlib.util.find_spec("tensorflow_datasets") is None:
+        raise UserError(f"--data {name}: reading it needs `pip install 'dinojax[tfds]'`; else {ways_on}")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    importlib.import_module("tensorflow_datasets")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of every set that is not prepared yet
+
+
+def read_prepared(name: str, builder: Any) -> Dataset:
+    """The data set of a TFDS builder whose files are on disk, read by position.
+
+    Raises:
+        UserError: it has no image with a label, no two splits, or a format that cannot be read by position.
+    """
+    features = builder.info.features
+    image_key, label_key = _image_and_label(name, features)
+    test_name = next((split for split in ("test", "validation") if split in builder.info.splits), None)
+    if "train" not in builder.info.splits or test_name is None:
+        raise UserError(f"--data {name}: it has the splits {sorted(builder.info.splits)}, not train and test")
+    train, test = (
+        _tfds_split(builder, split, source, image_key, label_key)
+        for split, source in (("train", "train"), ("test", test_name))
+    )
+    return Dataset(name, tuple(features[label_key].names), train, test)
+
+
+def _prepared_builder(name: str, data_dir: Path | None) -> Any:
+    """The builder of a set that is on disk, prepared now if need be."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir and data_dir.expanduser())
+    except (ValueError, AssertionError) as error:  # unknown; no such configuration or version; not a name at all
+        known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close and name not in close else WAYS_ON
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--data {name} is no folder and no TensorFlow Datasets set ({reason}); {hint}") from error
+    if builder.is_prepared():
+        return builder
+    missing = f"--data {name} is not prepared in {builder.data_path.parent.parent}"
+    source = _source_url(builder)
+    if not reachable(source, PATIENCE_SECONDS):
+        raise UserError(f"{missing} and {urlsplit(source).hostname} cannot be reached to download it; {WAYS_ON}")
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(f"{missing} and doing that once needs `pip install 'dinojax[tensorflow]'`; else {WAYS_ON}")
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")  # it would take all of the memory
+    builder.download_and_prepare(file_format="array_record")
+    return builder
+
+
+def _source_url(builder: Any) -> str:
+    """One of the addresses that preparing the set downloads from."""
+    return next(iter(builder.url_infos or {}), TFDS_STORE)
+
+
+def _image_and_label(name: str, features: Any) -> tuple[str, str]:
+    import tensorflow_datasets as tfds
+
+    images = [key for key in features if isinstance(features[key], tfds.features.Image)]
+    labels = [key for key in features if isinstance(features[key], tfds.features.ClassLabel)]
+    if not images or not labels:
+        raise UserError(f"--data {name}: its features {sorted(features)} hold no image with a class label")
+    return images[0], "label" if "label" in labels else labels[0]
+
+
+def _tfds_split(builder: Any, name: str, source_name: str, image_key: str, label_key: str) -> Split:
+    """Images stay encoded until they are read; labels are collected now."""
+    import tensorflow_datasets as tfds
+
+    skip = {image_key: tfds.decode.SkipDecoding()}
+    try:
+        source = builder.as_data_source(source_name, decoders=skip)
+    except NotImplementedError as error:
+        raise UserError(
+            f"--data {builder.name}: it was prepared in {builder.data_path} in a format without random access; "
+            "give an empty folder as --data-dir to prepare it anew"
+        ) from error
+    features = builder.info.features
+    has_ids = "id" in features and isinstance(features["id"], tfds.features.Text)
+    labels, ids = [], []
+    for i, example in enumerate(source):
+        labels.append(example[label_key])
+        ids.append(example["id"].decode() if has_ids else f"{source_name}/{i}")
+    info = builder.info.splits[source_name]
+    return Split(
+        name,
+        ids,
+        np.array(labels, np.int64),
+        lambda i: decode_rgb(io.BytesIO(source[i][image_key]), f"image {i} of {builder.info.full_name} {source_name}"),
+        digest(builder.info.full_name, source_name, str(info.num_bytes), str(info.shard_lengths)),
+    )

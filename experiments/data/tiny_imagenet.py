@@ -1,0 +1,139 @@
+"""Tiny-ImageNet in its official layout: `wnids.txt`, `train/<wnid>/images/`, `val/images/` and `val_annotations.txt`.
+
+It is read from the extracted folder, or from the official zip as it is. The labels of the official test split were
+never published; the validation split, whose labels are in a table beside its images, is what one is judged on.
+"""
+
+import contextlib
+import dataclasses
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from dinojax.errors import UserError
+from experiments.data.splits import SUFFIXES, Dataset, split_of_files
+
+NAME = "tiny_imagenet"
+FOLDER = "tiny-imagenet-200"
+_ANNOTATIONS = "val/val_annotations.txt"
+
+
+class Archive(NamedTuple):
+    """A published file: its address, bytes, and SHA-256 in hexadecimal."""
+
+    url: str
+    size: int
+    sha256: str
+
+
+# The authors publish no digest. Size and SHA-256 are those that independent projects recorded of this address, among
+# them t-SimCNE (berenslab/t-simcne, cnexp/dataset/tiny_imagenet.py).
+ARCHIVE = Archive(
+    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    248_100_043,
+    "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What belongs to which class, by the official files.
+
+    Attributes:
+        class_names: the first word of each class in the order of the labels, which is that of the wnids; with its
+            wnid where two share one.
+        train: paths of the training images inside the data set, by wnid; each wnid is there, in the order of the
+            labels, with as many images as there are.
+        validation: likewise, in the order of the table; a wnid that has none may be absent.
+    """
+
+    class_names: tuple[str, ...]
+    train: dict[str, list[str]]
+    validation: dict[str, list[str]]
+
+
+def is_tiny_imagenet(root: Path) -> bool:
+    """Whether a folder has the official layout."""
+    return (root / "wnids.txt").is_file() and (root / _ANNOTATIONS).is_file()
+
+
+def load_tiny_imagenet(root: Path) -> Dataset:
+    """The data set in a folder for which `is_tiny_imagenet` holds; incomplete classes are taken as they are.
+
+    Raises:
+        UserError: a class without training images, or a table that does not fit the images.
+    """
+    layout = read_layout(root)
+    train, test = (
+        split_of_files(root, name, {wnid: [root / path for path in found[wnid]] for wnid in found}, list(layout.train))
+        for name, found in (("train", layout.train), ("test", layout.validation))
+    )
+    return Dataset(root.resolve().name, layout.class_names, train, test)
+
+
+def read_layout(source: Path) -> Layout:
+    """The layout of an extracted folder or of the official zip.
+
+    Raises:
+        UserError: a class without training images, or a table that does not fit the images.
+    """
+    names = _file_names(source)
+    with reading(source) as read:
+        wnids = sorted(read("wnids.txt").decode().split())
+        words = read("words.txt").decode() if "words.txt" in names else ""
+        table = read(_ANNOTATIONS).decode()
+    images = _by_folder(names)
+    train = {wnid: images[f"train/{wnid}/images"] for wnid in wnids}
+    empty = [wnid for wnid, found in train.items() if not found]
+    if empty:
+        raise UserError(f"{source / 'train' / empty[0] / 'images'} holds no images; extract {ARCHIVE.url} again")
+    return Layout(_class_names(wnids, words), train, _validation(source, names, wnids, table))
+
+
+@contextlib.contextmanager
+def reading(source: Path) -> Iterator[Callable[[str], bytes]]:
+    """A function that reads one file of the data set, by its path inside, from the folder or the zip."""
+    if source.is_dir():
+        yield lambda name: (source / name).read_bytes()
+    else:
+        with zipfile.ZipFile(source) as archive:
+            yield lambda name: archive.read(f"{FOLDER}/{name}")
+
+
+def _file_names(source: Path) -> set[str]:
+    if source.is_dir():
+        return {path.relative_to(source).as_posix() for path in source.rglob("*")}
+    with zipfile.ZipFile(source) as archive:
+        return {name.removeprefix(f"{FOLDER}/") for name in archive.namelist()}
+
+
+def _by_folder(names: set[str]) -> defaultdict[str, list[str]]:
+    """The images of each folder, in the order of their names; nothing hidden."""
+    folders = defaultdict(list)
+    for name in sorted(names):
+        path = PurePosixPath(name)
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            folders[str(path.parent)].append(name)
+    return folders
+
+
+def _validation(source: Path, names: set[str], wnids: list[str], table: str) -> dict[str, list[str]]:
+    """Validation images by class, from the table."""
+    images = defaultdict(list)
+    for line in table.splitlines():
+        file, wnid, *_ = [*line.split("\t"), ""]
+        name = f"val/images/{file}"
+        if wnid not in wnids or name not in names:
+            problem = f"no such class or image in {line!r}; extract {ARCHIVE.url} again"
+            raise UserError(f"{source / _ANNOTATIONS}: {problem}")
+        images[wnid].append(name)
+    return {wnid: images[wnid] for wnid in wnids if wnid in images}
+
+
+def _class_names(wnids: list[str], words: str) -> tuple[str, ...]:
+    """The first word of each class, with its wnid where two share one."""
+    texts = {wnid: text.split(",")[0] for wnid, _, text in (line.partition("\t") for line in words.splitlines())}
+    first = [texts.get(wnid, wnid) for wnid in wnids]
+    return tuple(name if first.count(name) == 1 else f"{name} ({wnid})" for name, wnid in zip(first, wnids))

@@ -1,0 +1,1 @@
+"""Frozen backbones as sources of features."""

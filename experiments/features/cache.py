@@ -1,0 +1,58 @@
+"""Arrays on disk in numbered shards: each is written whole or not at all, and checked when it is read."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+from safetensors.numpy import save
+
+from dinojax.errors import UserError
+from experiments.runs.records import write_whole
+
+_NAME = "features"
+META_FILE = "meta.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardCache:
+    """A folder of shards of one array; `description` is kept beside them in `meta.json` for readers."""
+
+    folder: Path
+    description: Mapping[str, object]
+
+    def read(self, shard: int, shape: tuple[int, ...]) -> np.ndarray | None:
+        """The shard, or None where it is missing, damaged or of another shape."""
+        path = self._path(shard)
+        try:
+            with safetensors.safe_open(path, "numpy") as file:
+                array, sha256 = file.get_tensor(_NAME), file.metadata()["sha256"]
+        except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
+            return None
+        return array if array.shape == shape and _sha256(array) == sha256 else None
+
+    def write(self, shard: int, array: np.ndarray) -> None:
+        """Adds or replaces a shard.
+
+        Raises:
+            UserError: the folder cannot be written, or the disk is full; nothing half-written is left.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / META_FILE).exists():
+                write_whole(self.folder / META_FILE, (json.dumps(self.description, indent=2) + "\n").encode())
+            write_whole(self._path(shard), save({_NAME: array}, metadata={"sha256": _sha256(array)}))
+        except OSError as error:
+            raise UserError(
+                f"cannot cache features in {self.folder} ({error.strerror}); free some space, or pass --cache-dir"
+            ) from error
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05}.safetensors"
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

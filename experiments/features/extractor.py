@@ -1,0 +1,294 @@
+"""Backbone + images → features, in one jitted pass per batch, kept on disk so that nothing is computed twice.
+
+The features of an image are [blocks + 1, dim]: the normalised CLS token after each of the last four blocks (of all,
+in a model with fewer), the last block's in `[-2]`, and in `[-1]` the mean of the last block's normalised patch tokens.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from dinojax.errors import UserError
+from dinojax.models.files import named_parameters
+from dinojax.models.vit import VisionTransformer
+from experiments.data.splits import Split, digest
+from experiments.data.squares import shorter_side_centre_crop
+from experiments.features.backbones import Normalisation
+from experiments.features.cache import ShardCache
+
+LAST_CLS, MEAN_PATCH = -2, -1
+LAST_BLOCKS = 4
+# Part of the key of cached features: raise it when the numbers that come out change.
+_REVISION = 1
+_SHARD_IMAGES = 512
+_BATCHES_AHEAD = 3
+_LONG_SECONDS = 600
+_BATCHES_TO_JUDGE = 3
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A shard that is not cached yet: images `start` to `stop` of a split, whose features go to `out`."""
+
+    split: Split
+    cache: ShardCache
+    shard: int
+    start: int
+    stop: int
+    out: np.ndarray
+
+
+class FeatureExtractor:
+    """A model, the transform in front of it, and the folder that keeps what it made.
+
+    `fingerprint` tells the model from others, `parameters` is their number, `dtype` what it computes in.
+
+    Args:
+        model: any size; images are resized so that the shorter side has `image_size` px, then cut to a square.
+        normalisation: mean and deviation of the pixels (0–1) that the model expects.
+        image_size: pixels.
+        dtype: what the model computes in; "auto" is bfloat16 on accelerators and float32 on CPU. Features are float32.
+        batch_size: images per pass; None is what a CPU's cache holds (8 with ViT-S/14 at 224 px), 256 on accelerators.
+        cache_dir: features go to `features/` in it.
+
+    Raises:
+        UserError: a size that the model does not take.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        *,
+        normalisation: Normalisation,
+        image_size: int,
+        cache_dir: Path,
+        dtype: Dtype = "auto",
+        batch_size: int | None = None,
+    ):
+        check_image_size(model, image_size)
+        on_cpu = jax.default_backend() == "cpu"
+        self.image_size = image_size
+        self.dtype = jnp.dtype(("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype)
+        self.batch_size = min(batch_size or (_images_in_cache(model, image_size) if on_cpu else 256), _SHARD_IMAGES)
+        self.shape = (min(LAST_BLOCKS, model.config.depth) + 1, model.config.embed_dim)
+        self._root = cache_dir / "features"
+        self.fingerprint = fingerprint(model)
+        self.parameters = sum(array.size for array in named_parameters(model).values())
+        self._normalisation = [list(map(float, numbers)) for numbers in normalisation]
+        self._forward = make_forward(model, normalisation, self.dtype)
+
+    def cache(self, split: Split) -> ShardCache:
+        """Where the features of a split are kept."""
+        description = {
+            "images": split.fingerprint,
+            "weights": self.fingerprint,
+            "image_size": self.image_size,
+            "dtype": self.dtype.name,
+            "resize": "shorter side, bicubic, antialiased, centre crop",
+            "mean_and_deviation": self._normalisation,
+            "features": "images × (CLS of the last blocks, mean patch of the last) × dim, after the final norm",
+            "revision": _REVISION,
+        }
+        key = digest(json.dumps(description, sort_keys=True))[:20]
+        return ShardCache(self._root / key, {**description, "split": split.name, "number_of_images": len(split)})
+
+    def extract(self, splits: Sequence[Split]) -> list[Float[np.ndarray, "images features dim"]]:
+        """The features of every image, from the cache where they are; one progress bar over all splits.
+
+        Shards are written as they are finished: after an interruption the same call goes on behind the last one.
+
+        Raises:
+            UserError: an image that cannot be decoded (named; whole shards before it are kept), a cache that cannot
+                be written, or features that are not finite.
+        """
+        arrays = [np.empty((len(split), *self.shape), np.float32) for split in splits]
+        jobs = [job for split, array in zip(splits, arrays) for job in self._missing(split, array)]
+        total = sum(map(len, splits))
+        todo = sum(len(job.out) for job in jobs)
+        if not jobs:
+            print(f"features: all {total:,} images from the cache {self._root}", flush=True)
+            return arrays
+        with (
+            ThreadPoolExecutor(min(16, os.cpu_count() or 1), "decode") as pool,
+            tqdm(total=total, initial=total - todo, unit="img", desc="features", dynamic_ncols=True) as bar,
+        ):
+            try:
+                self._compute(jobs, pool, Forecast(bar, todo))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+        return arrays
+
+    def _missing(self, split: Split, array: np.ndarray) -> Iterator[Job]:
+        """Fills `array` with what is cached; yields what is not."""
+        cache = self.cache(split)
+        for shard, start in enumerate(range(0, len(split), _SHARD_IMAGES)):
+            stop = min(start + _SHARD_IMAGES, len(split))
+            found = cache.read(shard, (stop - start, *self.shape))
+            if found is None:
+                yield Job(split, cache, shard, start, stop, array[start:stop])
+            else:
+                array[start:stop] = found
+
+    def _compute(self, jobs: Sequence[Job], pool: ThreadPoolExecutor, forecast: "Forecast") -> None:
+        results = ((job, start, count, self._forward(batch)) for job, start, count, batch in self._batches(jobs, pool))
+        for job, start, count, features in _one_behind(results):
+            job.out[start - job.start : start - job.start + count] = np.asarray(features)[:count]
+            forecast.update(count)
+            if start + count == job.stop:
+                job.cache.write(job.shard, _finite(job))
+
+    def _batches(self, jobs: Sequence[Job], pool: ThreadPoolExecutor) -> Iterator[tuple[Job, int, int, np.ndarray]]:
+        """Job, first image, number of images, pixels (the last batch of a shard filled up with black)."""
+        size, square = self.batch_size, self.image_size
+        started = (
+            (job, start, [pool.submit(load_square, job.split, i, square) for i in range(start, stop)])
+            for job in jobs
+            for start, stop in ((at, min(at + size, job.stop)) for at in range(job.start, job.stop, size))
+        )
+        ahead = deque(itertools.islice(started, _BATCHES_AHEAD))
+        while ahead:
+            job, start, futures = ahead.popleft()
+            ahead.extend(itertools.islice(started, 1))
+            batch = np.zeros((size, square, square, 3), np.uint8)
+            for row, future in enumerate(futures):
+                batch[row] = future.result()
+            yield job, start, len(futures), batch
+
+
+class Forecast:
+    """The progress bar, and a word once, early, where the work will take long: what makes it shorter."""
+
+    def __init__(self, bar: tqdm, todo: int):
+        self._bar, self._todo, self._batches, self._timed, self._start = bar, todo, 0, 0, 0.0
+
+    def update(self, count: int) -> None:
+        """`count` more images are done."""
+        self._bar.update(count)
+        self._batches += 1
+        self._todo -= count
+        if self._batches == 1:  # the compilation is in the first batch
+            self._start = time.perf_counter()
+            return
+        self._timed += count
+        if self._batches == 1 + _BATCHES_TO_JUDGE:
+            seconds = self._todo * (time.perf_counter() - self._start) / self._timed
+            if seconds > _LONG_SECONDS:
+                self._bar.write(
+                    f"about {seconds / 60:.0f} minutes to go on this {jax.devices()[0].device_kind}; shorter: fewer "
+                    "images (--max-train, --max-test), a smaller --image-size, a GPU. What is done is kept on Ctrl-C."
+                )
+
+
+def make_forward(
+    model: VisionTransformer, normalisation: Normalisation, dtype: np.dtype
+) -> Callable[[UInt8[np.ndarray, "batch size size 3"]], Float[Array, "batch features dim"]]:
+    """uint8 pixels → features (see the top of the file); the parameters are cast to `dtype` once."""
+    graphdef, state = nnx.split(model)
+    state = jax.tree.map(lambda x: x.astype(dtype), state)
+    blocks = min(LAST_BLOCKS, model.config.depth)
+    mean, std = (jnp.asarray(numbers, jnp.float32) for numbers in normalisation)
+    # Float32 means float32: accelerators would otherwise multiply in lower precision.
+    precision = "highest" if dtype == jnp.float32 else "default"
+
+    @jax.jit
+    def forward(state, pixels):
+        images = (pixels.astype(jnp.float32) / 255 - mean) / std
+        with jax.default_matmul_precision(precision):
+            layers = nnx.merge(graphdef, state).get_intermediate_layers(
+                images.astype(dtype), n=blocks, return_class_token=True
+            )
+        mean_patch = layers[-1][0].astype(jnp.float32).mean(axis=1)
+        return jnp.stack([*(cls_token.astype(jnp.float32) for _, cls_token in layers), mean_patch], axis=1)
+
+    return lambda pixels: forward(state, pixels)
+
+
+def squared(split: Split, size: int, resize: int) -> Split:
+    """The same images as `load_square` makes them with `resize`, as a split of its own that is cached on its own."""
+    if resize == size:
+        return split
+    recipe = digest(split.fingerprint, f"shorter side {resize} px bicubic, centre {size} px")
+    return Split(split.name, split.ids, split.labels, lambda i: load_square(split, i, size, resize=resize), recipe)
+
+
+def load_square(split: Split, index: int, size: int, *, resize: int | None = None) -> UInt8[np.ndarray, "size size 3"]:
+    """Image `index`, resized (bicubic, antialiased), the square of `size` px around its centre.
+
+    Args:
+        split: of the image.
+        index: in it.
+        size: pixels.
+        resize: pixels of the shorter side before the cut; None is `size`.
+    """
+    return shorter_side_centre_crop(split.read(index), resize or size, size, resample=Image.Resampling.BICUBIC)
+
+
+def _images_in_cache(model: VisionTransformer, image_size: int) -> int:
+    """How many images' activations a CPU's cache still holds; measured with ViT-S/14 at 224 px."""
+    tokens = (image_size // model.config.patch_size) ** 2 + 1
+    return min(256, max(1, 8 * 257 * 384 // (tokens * model.config.embed_dim)))
+
+
+def check_image_size(model: VisionTransformer, image_size: int) -> None:
+    """Raises a `UserError` for a size that the model does not take."""
+    patch, needs_multiple = model.config.patch_size, model.config.family == "dinov2"
+    if image_size < patch:
+        raise UserError(f"--image-size {image_size} is smaller than one patch; take a multiple of {patch}")
+    if needs_multiple and image_size % patch:
+        below = image_size // patch * patch
+        raise UserError(
+            f"--image-size {image_size} is no multiple of the model's patch size {patch}; "
+            f"take {below} or {below + patch}"
+        )
+
+
+def fingerprint(model: VisionTransformer) -> str:
+    """SHA-256 over the configuration and every parameter."""
+    sha256 = hashlib.sha256(json.dumps(dataclasses.asdict(model.config), sort_keys=True).encode())
+    for name, array in sorted(named_parameters(model).items()):
+        sha256.update(f"{name} {array.dtype} {array.shape}".encode())
+        sha256.update(np.asarray(array).tobytes())
+    return sha256.hexdigest()
+
+
+def _one_behind(results: Iterator[tuple]) -> Iterator[tuple]:
+    """The same results, each after the next one was started, so that the device never waits for the host."""
+    previous = None
+    try:
+        for result in results:
+            if previous:
+                yield previous
+            previous = result
+    except (UserError, KeyboardInterrupt):  # while the next one was being decoded; this one may complete a shard
+        if previous:
+            yield previous
+        raise
+    if previous:
+        yield previous
+
+
+def _finite(job: Job) -> np.ndarray:
+    if not np.isfinite(job.out).all():
+        raise UserError(
+            f"the features of {job.split.name} images {job.start} to {job.stop - 1} are not finite: the weights are "
+            "damaged, or overflow in this precision (try --dtype float32)"
+        )
+    return job.out

@@ -1,0 +1,128 @@
+"""A model as a function of pictures of any size and shape: its attention and its patch features."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, UInt8
+
+from dinojax import maps
+from dinojax.errors import UserError
+from experiments.features.backbones import Normalisation
+
+if TYPE_CHECKING:
+    from dinojax.models.vit import VisionTransformer
+
+_MOST_MEMORY = 0.8  # of what there is
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image file and how it is shown: resized to `resized` (height, width), then cut to `size`.
+
+    `name` is what the names of its output files start with.
+    """
+
+    name: str
+    file: Path
+    resized: tuple[int, int]
+    size: tuple[int, int]
+
+    def read(self) -> UInt8[np.ndarray, "height width 3"]:
+        """Its pixels as they are shown."""
+        from PIL import Image
+
+        from experiments.data.splits import decode_rgb
+
+        pixels = decode_rgb(self.file, str(self.file))
+        if pixels.shape[:2] != self.resized:
+            pixels = np.asarray(Image.fromarray(pixels).resize(self.resized[::-1], Image.Resampling.BICUBIC))
+        return pixels[: self.size[0], : self.size[1]]
+
+
+class PatchMaps(NamedTuple):
+    """What the last block makes of an image's patches.
+
+    `attention` is the class token's: the mean of the heads, then each head. `features` are after the final norm.
+    """
+
+    attention: Float[np.ndarray, "maps rows columns"]
+    features: Float[np.ndarray, "rows columns dim"]
+
+
+class Mapper:
+    """A model as a function of pictures of any size; compiled once for each size.
+
+    Args:
+        model: of any patch size.
+        normalisation: mean and deviation of the pixels (0–1) that the weights expect.
+        dtype: what the model computes in.
+    """
+
+    def __init__(self, model: "VisionTransformer", normalisation: Normalisation, dtype: str):
+        on_cpu = jax.default_backend() == "cpu"
+        self.dtype = jnp.dtype(("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype)
+        self.config = model.config
+        graphdef, state = nnx.split(model)
+        self._state = jax.tree.map(lambda x: x.astype(self.dtype), state)
+        self._compiled = {}
+        mean, std = (jnp.asarray(numbers, jnp.float32) for numbers in normalisation)
+        # Float32 means float32: accelerators would otherwise multiply in lower precision.
+        precision = "highest" if self.dtype == jnp.float32 else "default"
+
+        def forward(state, pixels):
+            images = ((pixels.astype(jnp.float32) / 255 - mean) / std).astype(self.dtype)[None]
+            grid = [side // self.config.patch_size for side in pixels.shape[:2]]
+            with jax.default_matmul_precision(precision):
+                model = nnx.merge(graphdef, state)
+                # XLA finds that both pass through the same blocks.
+                attention, features = model.get_last_selfattention(images), model(images).patch_tokens
+            registers = self.config.num_register_tokens
+            attention = maps.cls_attention(attention, *grid, num_register_tokens=registers)[0].astype(jnp.float32)
+            attention = jnp.concatenate([attention.mean(axis=0, keepdims=True), attention])
+            return attention, features.reshape(*grid, -1).astype(jnp.float32)
+
+        self._forward = jax.jit(forward)
+
+    def __call__(self, picture: Picture) -> PatchMaps:
+        """The maps of a picture.
+
+        Raises:
+            UserError: they are not finite, or `prepare` refuses the picture.
+        """
+        found = PatchMaps(*map(np.asarray, self.prepare(picture)(self._state, picture.read())))
+        if not all(np.isfinite(array).all() for array in found):
+            raise UserError(
+                f"the features of {picture.file} are not finite: the weights are damaged, or overflow in this "
+                "precision (try --dtype float32)"
+            )
+        return found
+
+    def prepare(self, picture: Picture) -> jax.stages.Compiled:
+        """The model compiled for the picture's size.
+
+        Raises:
+            UserError: the attention would not fit into the memory.
+        """
+        if picture.size not in self._compiled:
+            pixels = jax.ShapeDtypeStruct((*picture.size, 3), jnp.uint8)
+            compiled = self._forward.lower(self._state, pixels).compile()
+            device = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+            there = device or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            needed = compiled.memory_analysis().temp_size_in_bytes
+            if needed > _MOST_MEMORY * there:
+                (height, width), patch = picture.size, self.config.patch_size
+                # The attention of n patches is n × n numbers, and n grows with the square of the side.
+                fitting = int(min(height, width) * (0.5 * there / needed) ** 0.25) // patch * patch
+                raise UserError(
+                    f"{picture.file} at {width}×{height} px has {height * width // patch**2:,} patches, whose "
+                    f"attention takes {needed / 1e9:.0f} GB of the {there / 1e9:.0f} GB of memory here; pass "
+                    f"--image-size {fitting} or less"
+                )
+            self._compiled[picture.size] = compiled
+        return self._compiled[picture.size]

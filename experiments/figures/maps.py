@@ -1,0 +1,257 @@
+"""Figures of what a model sees in images: attention of every head, masks from it, patch PCA, patch similarity."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, hsv_to_rgb, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from dinojax.maps import PcaMap, upsample
+from experiments.figures.style import INK, MUTED, save_figure, shorten
+
+_HEAT = "magma"
+_FEW = 4  # images: their panels are larger
+_NEAREST_BELOW = 96  # px: smaller images are shown as their pixels
+_LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
+# In inches.
+_SMALL, _MEDIUM, _LARGE = 1.55, 2.3, 4.4  # a panel has the area of a square of this side
+_NARROWEST, _WIDEST, _LOWEST, _HIGHEST = 1.6, 12.0, 0.5, 8.0
+_MOST_WIDTH, _LEAST_WIDTH = 14.2, 7.0
+_GAP, _LABEL, _HEADING, _TITLE, _BAR, _TICKS = 0.14, 0.26, 0.3, 0.62, 0.7, 0.45
+_LETTER = 0.092  # width of a letter of the title
+
+
+def save_attention(
+    path: Path,
+    pixels: UInt8[np.ndarray, "height width 3"],
+    attention: Float[np.ndarray, "maps rows columns"],
+    *,
+    title: str,
+    note: str,
+) -> None:
+    """The image beside the attention of the class token: the mean of the heads, then every head.
+
+    Each panel's colours reach from 0 to its own maximum, which stands above it.
+
+    Args:
+        path: of the PNG.
+        pixels: of the image.
+        attention: probabilities; of the mean first, then of each head.
+        title: the first line.
+        note: the second line.
+    """
+    sheet = _sheet({"": 1 + len(attention)}, pixels.shape[1] / pixels.shape[0], title, note, bottom=_BAR)
+    _show(next(sheet.axes), pixels, "image")
+    for (name, color), values in zip(_labels(len(attention)), attention):
+        axes, largest = next(sheet.axes), float(values.max())
+        _show(axes, pixels, name, color, f"max {100 * largest:.2g} %")
+        _heat(axes, pixels.shape, values, 0, largest)
+    label = "attention of the class token to a patch, as a share of the panel's maximum (max)"
+    _bar(sheet.figure, Normalize(0, 1), label)
+    save_figure(sheet.figure, path)
+
+
+def save_masks(
+    path: Path,
+    pixels: UInt8[np.ndarray, "height width 3"],
+    masks: Mapping[str, Bool[np.ndarray, "_maps rows columns"]],
+    *,
+    title: str,
+    note: str,
+) -> None:
+    """Masks laid over the image, each kind under its heading: of the mean of the heads, then of every head.
+
+    Args:
+        path: of the PNG.
+        pixels: of the image.
+        masks: by heading; of the mean first, then of each head.
+        title: the first line.
+        note: the second line.
+    """
+    counts = {heading: 1 + len(kind) for heading, kind in masks.items()}
+    sheet = _sheet(counts, pixels.shape[1] / pixels.shape[0], title, note)
+    for kind in masks.values():
+        _show(next(sheet.axes), pixels, "image")
+        for (name, color), mask in zip(_labels(len(kind)), kind):
+            axes = next(sheet.axes)
+            inside = upsample(mask, pixels.shape[0] // mask.shape[0])
+            _show(axes, _painted(pixels, inside, color), name, color, f"{100 * mask.mean():.0f} % kept")
+            if not mask.all():
+                axes.contour(inside, levels=[0.5], colors=[color], linewidths=1.2)
+    save_figure(sheet.figure, path)
+
+
+def save_pca(
+    path: Path,
+    images: Sequence[UInt8[np.ndarray, "_height _width 3"]],
+    maps: Sequence[PcaMap],
+    image_names: Sequence[str],
+    *,
+    title: str,
+    note: str,
+) -> None:
+    """Images, each beside the colours of its patches; what is no foreground is black.
+
+    Args:
+        path: of the PNG.
+        images: of any sizes.
+        maps: of each image.
+        image_names: what is written above each.
+        title: the first line.
+        note: the second line.
+    """
+    aspect = float(np.median([pixels.shape[1] / pixels.shape[0] for pixels in images]))
+    side = _MEDIUM if len(images) <= _FEW else _SMALL
+    sheet = _sheet({"": 2 * len(images)}, aspect, title, note, group=2, side=side)
+    for pixels, found, name in zip(images, maps, image_names):
+        axes = next(sheet.axes)
+        inches = axes.get_position(original=True).width * sheet.figure.get_figwidth()
+        _show(axes, pixels, shorten(name, int(inches / _LETTER)))
+        axes = next(sheet.axes)
+        _show(axes, pixels, "PCA", MUTED, f"{100 * found.foreground.mean():.0f} % foreground")
+        axes.imshow(found.rgb, extent=_extent(pixels.shape), interpolation="nearest")
+    save_figure(sheet.figure, path)
+
+
+def save_similarity(
+    path: Path,
+    pixels: UInt8[np.ndarray, "height width 3"],
+    similarity: Float[np.ndarray, "rows columns"],
+    point: tuple[int, int],
+    *,
+    title: str,
+    note: str,
+) -> None:
+    """The image with its pixels numbered along the edges, beside the similarity of its patches to the marked one.
+
+    Args:
+        path: of the PNG.
+        pixels: of the image.
+        similarity: cosines.
+        point: x and y in pixels; its patch is outlined.
+        title: the first line.
+        note: the second line.
+    """
+    aspect, patch = pixels.shape[1] / pixels.shape[0], pixels.shape[0] // similarity.shape[0]
+    sheet = _sheet({"": 2}, aspect, title, note, bottom=_BAR - 0.15, side=_LARGE, ticks=_TICKS)
+    picture, heat = sheet.axes
+    _show(picture, pixels, "image")
+    picture.set_axis_on()
+    picture.tick_params(colors=MUTED, labelsize=8)
+    for spine in picture.spines.values():
+        spine.set_visible(False)
+    _show(heat, pixels, "similarity", right=f"least {similarity.min():.2f}")
+    norm = Normalize(min(float(similarity.min()), 0.999), 1)
+    _heat(heat, pixels.shape, similarity, norm.vmin, norm.vmax)
+    corner = tuple(place // patch * patch - 0.5 for place in point)
+    for axes in (picture, heat):
+        axes.add_patch(Rectangle(corner, patch, patch, fill=False, ec="white", lw=1.5))
+        axes.plot(*point, "o", ms=9, mfc="none", mec=INK, mew=4)
+        axes.plot(*point, "o", ms=9, mfc="none", mec="white", mew=2)
+    _bar(sheet.figure, norm, "cosine similarity of a patch's features to those of the marked patch")
+    save_figure(sheet.figure, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sheet:
+    """A figure and its panels, in the order they are filled."""
+
+    figure: Figure
+    axes: Iterator[Axes]
+
+
+def _sheet(
+    counts: Mapping[str, int],
+    aspect: float,
+    title: str,
+    note: str,
+    *,
+    side: float = _MEDIUM,
+    group: int = 1,
+    bottom: float = 0.0,
+    ticks: float = 0.0,
+) -> _Sheet:
+    """Panels in rows, so many under each heading, placed in inches so that nothing overlaps.
+
+    The images' `aspect` is width over height. A row holds whole groups; `bottom` is left free for a colour bar, `ticks`
+    left of and below each panel.
+    """
+    width = min(max(side * math.sqrt(aspect), _NARROWEST), _WIDEST)
+    height = min(max(side / math.sqrt(aspect), _LOWEST), _HIGHEST)
+    step, drop = width + ticks + _GAP, height + ticks + _LABEL + _GAP
+    fitting = max(1, int((_MOST_WIDTH - _GAP) / (group * step))) * group
+    rows = -(-max(counts.values()) // fitting)
+    columns = -(-max(counts.values()) // (rows * group)) * group
+    headings = [_HEADING if heading else 0 for heading in counts]
+    full = max(_LEAST_WIDTH, _GAP + columns * step)
+    tall = _TITLE + sum(headings) + len(counts) * rows * drop + _GAP + bottom
+    figure = Figure(figsize=(full, tall), facecolor="white")
+    letters = int((full - 2 * _GAP) / _LETTER)
+    figure.text(_GAP / full, 1 - 0.1 / tall, shorten(title, letters), fontsize=12, color=INK, va="top")
+    figure.text(_GAP / full, 1 - 0.35 / tall, shorten(note, int(1.3 * letters)), fontsize=9, color=MUTED, va="top")
+    places, top = [], tall - _TITLE
+    for heading, space in zip(counts, headings):
+        figure.text(_GAP / full, (top - 0.6 * space) / tall, heading, fontsize=10.5, color=INK, va="center")
+        top -= space
+        for row, column in itertools.product(range(rows), range(columns)):
+            left, low = _GAP + column * step + ticks, top - row * drop - _LABEL - height
+            places.append((left / full, low / tall, width / full, height / tall))
+        top -= rows * drop
+    taken = itertools.chain.from_iterable(
+        places[index * rows * columns :][:count] for index, count in enumerate(counts.values())
+    )
+    return _Sheet(figure, map(figure.add_axes, taken))
+
+
+def _labels(count: int) -> Iterator[tuple[str, tuple[float, ...]]]:
+    """Names and colours of the mean and the heads; neighbouring heads are apart in hue and brightness."""
+    yield "mean", to_rgb(INK)
+    for head in range(count - 1):
+        rgb = hsv_to_rgb((head / (count - 1), 0.85, 1))
+        # A bound on the luminance keeps yellow and green readable on white.
+        yield f"head {head + 1}", tuple(rgb * min(1, (0.55, 0.4)[head % 2] / (rgb @ _LUMINANCE)))
+
+
+def _show(axes: Axes, pixels: np.ndarray, left: str, color: str | tuple[float, ...] = INK, right: str = "") -> None:
+    """The image at its own aspect in the upper left of its cell; above, what it is, and a number on the right."""
+    axes.imshow(pixels, interpolation="nearest" if min(pixels.shape[:2]) < _NEAREST_BELOW else "antialiased")
+    axes.set_axis_off()
+    axes.set_anchor("NW")
+    cell = axes.get_position(original=True)
+    above = cell.y1 + 0.06 / axes.figure.get_figheight()
+    axes.figure.text(cell.x0, above, left, fontsize=9, color=color, fontweight="bold")
+    axes.figure.text(cell.x1, above, right, fontsize=8, color=MUTED, ha="right")
+
+
+def _extent(shape: Sequence[int]) -> tuple[float, float, float, float]:
+    return (-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5)
+
+
+def _heat(axes: Axes, shape: Sequence[int], values: np.ndarray, least: float, largest: float) -> None:
+    axes.imshow(values, cmap=_HEAT, vmin=least, vmax=largest, extent=_extent(shape), interpolation="nearest")
+
+
+def _painted(pixels: np.ndarray, inside: np.ndarray, color: tuple[float, ...]) -> np.ndarray:
+    """The image tinted inside the mask, pale and grey outside."""
+    grey = pixels.mean(axis=-1, keepdims=True)
+    tinted = 0.8 * pixels + 0.2 * 255 * np.array(color)
+    return np.where(inside[..., None], tinted, 0.3 * grey + 0.7 * 245).astype(np.uint8)
+
+
+def _bar(figure: Figure, norm: Normalize, label: str) -> None:
+    """A colour bar in the lower left corner, what it is above it."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes(((_GAP + 0.1) / width, 0.32 / height, 3.2 / width, 0.12 / height))
+    bar = figure.colorbar(ScalarMappable(norm, colormaps[_HEAT]), cax=axes, orientation="horizontal")
+    bar.outline.set_visible(False)
+    axes.tick_params(colors=MUTED, labelsize=8, length=2)
+    figure.text((_GAP + 0.1) / width, 0.5 / height, label, fontsize=8.5, color=INK)

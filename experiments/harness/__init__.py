@@ -1,1 +1,0 @@
-"""What the commands share, each thing once: data, features, run folders, figures."""

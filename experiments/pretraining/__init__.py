@@ -1,0 +1,1 @@
+"""Self-supervised training from a command's settings to a run folder."""

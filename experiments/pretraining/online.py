@@ -1,0 +1,94 @@
+"""How good the teacher's features are while it learns: k-NN on training images set apart for it, and their rank."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dinojax import image_ops as ops
+from dinojax.pretraining.monitors import rank_me
+from dinojax.probes import knn_predict, stratified_subset
+from experiments.data.splits import Dataset
+from experiments.pretraining.config import PretrainConfig
+from experiments.pretraining.data import Images, read_images
+
+K = 20
+_BATCH = 256
+
+Embed = Callable[[Any, Images], Float[np.ndarray, "images dim"]]
+
+
+def make_embed(graph: nnx.GraphDef, config: PretrainConfig) -> Embed:
+    """Returns `embed(backbone_state, images)`: class tokens of images, resized to the global crops' size."""
+    size = config.crops.global_size
+
+    @jax.jit
+    def forward(state: Any, images: Array) -> Array:
+        batch, height, width, _ = images.shape
+        boxes = jnp.tile(jnp.array([0, 0, height, width], jnp.int32), (batch, 1))
+        planes = ops.crop_resize(ops.to_planes(images), boxes, size)
+        pixels = ops.normalize(planes, config.crops.mean, config.crops.std)
+        return nnx.merge(graph, state)(pixels).cls_token
+
+    def embed(state: Any, images: Images) -> Float[np.ndarray, "images dim"]:
+        batch = min(_BATCH, len(images))
+        features = []
+        for start in range(0, len(images), batch):
+            rows = np.arange(start, start + batch) % len(images)  # one size to compile for
+            features.append(forward(state, images[rows]))
+        return np.concatenate([np.asarray(part) for part in features])[: len(images)]
+
+    return embed
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some training images that vote and others that are classified by them; no test image is among them."""
+
+    voters: Images
+    voter_labels: Int[np.ndarray, " voters"]
+    queries: Images
+    query_labels: Int[np.ndarray, " queries"]
+    classes: int
+
+    @classmethod
+    def of(cls, dataset: Dataset, images: Images, count: int) -> "Subset":
+        """`count` voters of every class in proportion and a quarter as many queries, the same in every run."""
+        labels, classes = dataset.train.labels, len(dataset.class_names)
+        count = max(min(count, len(labels) * 4 // 5), classes)
+        voters = stratified_subset(labels, count, seed=0)
+        rest = np.setdiff1d(np.arange(len(labels)), voters)
+        queries = np.random.default_rng(0).permutation(rest)[: max(count // 4, classes)]
+        return cls(images[voters], labels[voters], images[queries], labels[queries], classes)
+
+    def judge(self, embed: Embed, backbone: Any) -> dict[str, float]:
+        """k-NN accuracy (a fraction) and RankMe of the queries' features."""
+        voters, queries = embed(backbone, self.voters), embed(backbone, self.queries)
+        accuracy = knn_accuracy(voters, self.voter_labels, queries, self.query_labels, self.classes)
+        return {"knn_accuracy": accuracy, "rank_me": float(rank_me(jnp.asarray(queries)))}
+
+
+def final_accuracies(
+    embed: Embed, backbones: dict[str, Any], dataset: Dataset, images: Images, config: PretrainConfig
+) -> dict[str, float]:
+    """k-NN accuracy on the test images, all training images voting, of several backbones by name."""
+    test = read_images(dataset.test, config.image_size)
+    labels, classes = (dataset.train.labels, dataset.test.labels), len(dataset.class_names)
+    return {
+        name: knn_accuracy(embed(state, images), labels[0], embed(state, test), labels[1], classes)
+        for name, state in backbones.items()
+    }
+
+
+def knn_accuracy(
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, classes: int
+) -> float:
+    """DINO's weighted k-NN with 20 neighbours, fewer where there are not so many images."""
+    k = min(K, len(train))
+    predicted = knn_predict(train, train_labels, test, num_classes=classes, ks=(k,))[k]
+    return float(np.mean(predicted == test_labels))

@@ -1,0 +1,130 @@
+"""What an evaluation shows: the table of all probes and networks, and its figures."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments.probing.evaluation import CHOSEN, CLS, MEAN, PIXELS, UNTRAINED, Row
+
+FEATURE_TITLES = {CLS: "CLS", MEAN: "mean patch", PIXELS: "raw", CHOSEN: "chosen"}
+_WIDTH = 15
+_FEW_SHOT = {"1nn": "1-NN", "knn": "k-NN", "linear": "linear"}
+
+
+_ORDER = ("knn_", "knn5", "linear", "sweep", "")
+
+
+def in_order(probes: Iterable[str]) -> list[str]:
+    """Probes as tables and figures list them, each once: neighbours, linear ones, few shots."""
+    return sorted(dict.fromkeys(probes), key=lambda probe: next(i for i, x in enumerate(_ORDER) if probe.startswith(x)))
+
+
+def probe_title(probe: str) -> str:
+    """A probe's name as tables and figures show it."""
+    shots, few_shot, method = probe.partition("_shot_")
+    if few_shot:
+        return f"{shots}-shot {_FEW_SHOT[method]}"
+    if probe.startswith("knn_"):
+        return f"k-NN, weighted cosine, k = {probe.removeprefix('knn_')}"
+    return {
+        "knn5": "k-NN, Euclidean, k = 5",
+        "knn5_crops": "k-NN, Euclidean, k = 5, crops",
+        "linear_crops": "linear, Adam, crops",
+        "sweep": "linear, 52 heads",
+    }[probe]
+
+
+def table(rows: Sequence[Row], test_images: int, folds: int) -> str:
+    """Probes down, networks and features across; per cent."""
+    cells = {(row.network, CLS if row.features == CHOSEN else row.features, row.probe): row for row in rows}
+    columns = list(dict.fromkeys(place[:2] for place in cells))
+    lines = [
+        " " * 31 + "".join(f"{network:>{_WIDTH}}" for network, _ in columns),
+        " " * 31 + "".join(f"{FEATURE_TITLES[features]:>{_WIDTH}}" for _, features in columns),
+    ]
+    for probe in in_order(row.probe for row in rows):
+        found = [cells.get((*column, probe)) for column in columns]
+        shown = "".join(f"{cell(row) if row else '':>{_WIDTH}}" for row in found)
+        lines.append(f"{probe_title(probe):31}{shown}".rstrip())
+    lines += ["", *(_choice(row) for row in rows if row.probe == "sweep"), _explanation(rows, test_images, folds)]
+    return "\n".join(lines)
+
+
+def cell(row: Row) -> str:
+    """Per cent, with the deviation where there is one."""
+    shown = f"{100 * row.accuracy:.2f}"
+    return shown if row.deviation is None else f"{shown} ± {100 * row.deviation:.2f}"
+
+
+def _choice(row: Row) -> str:
+    best, several = row.details["best"], ", first fold" if len(row.accuracies) > 1 else ""
+    blocks = "CLS" if best["blocks"] == 1 else f"CLS of {best['blocks']} blocks"
+    features = blocks + (" and mean patch" if best["mean_patch"] else "")
+    rate = f"learning rate {best['learning_rate']:g}"
+    return f"52 heads, {row.network}{several}: {features}, {rate}, {row.details['selection']}"
+
+
+def _explanation(rows: Sequence[Row], test_images: int, folds: int) -> str:
+    halves = [100 * (row.interval[1] - row.interval[0]) / 2 for row in rows if row.interval]
+    words = [f"Per cent of the {test_images:,} test images that are right"]
+    if halves:
+        words.append(f"95 % intervals over them are ± {max(halves):.1f} or less")
+    deviations = ["folds"] * (folds > 1) + ["draws of few-shot"] * any("_shot_" in r.probe for r in rows)
+    if deviations:
+        words.append(f"± in the table is the deviation over {' and '.join(deviations)}")
+    return "; ".join(words) + "."
+
+
+def save_accuracies(path: Path, rows: Sequence[Row], *, title: str) -> None:
+    """Every accuracy as a point with its interval or deviation; a colour for each network, hollow for mean patches."""
+    from matplotlib.figure import Figure
+
+    from experiments.figures.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, save_figure, style
+
+    probes = in_order(row.probe for row in rows)
+    series = list(dict.fromkeys((row.network, CLS if row.features == CHOSEN else row.features) for row in rows))
+    colors = {"teacher": BLUE, "student": ORANGE, UNTRAINED: MUTED, PIXELS: RED}
+    figure = Figure(figsize=(9, 1.6 + 0.42 * len(probes)), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    for number, (network, features) in enumerate(series):
+        mine = [row for row in rows if row.network == network and (row.features == MEAN) == (features == MEAN)]
+        heights = [probes.index(row.probe) + 0.7 * ((number + 0.5) / len(series) - 0.5) for row in mine]
+        color = colors.get(network, GREEN)
+        axes.errorbar(
+            [100 * row.accuracy for row in mine], heights, xerr=np.array([_errors(row) for row in mine]).T,
+            fmt="o", ms=5, lw=1, color=color, mfc="white" if features == MEAN else color,
+            label=f"{network}, {FEATURE_TITLES[features]}",
+        )  # fmt: skip
+    style(axes, "accuracy on the test images (%)", "")
+    axes.set_yticks(range(len(probes)), [probe_title(probe) for probe in probes])
+    axes.set_ylim(len(probes) - 0.5, -0.5)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
+    figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
+    save_figure(figure, path)
+
+
+def _errors(row: Row) -> tuple[float, float]:
+    if row.interval:
+        return 100 * (row.accuracy - row.interval[0]), 100 * (row.interval[1] - row.accuracy)
+    return (100 * (row.deviation or 0.0),) * 2
+
+
+def save_probe_curves(folder: Path, rows: Sequence[Row], subject: str) -> None:
+    """curves_NETWORK_FEATURES.png: loss and accuracy of the linear probe by epoch."""
+    from experiments.figures.examples import save_curves
+
+    for row in rows:
+        if row.probe == "linear_crops":
+            train, heldout = (
+                {key: np.asarray(row.details["curves"][f"{part}_{key}"]) for key in ("loss", "accuracy")}
+                for part in ("train", "heldout")
+            )
+            save_curves(
+                folder / f"curves_{'_'.join(dict.fromkeys([row.network, row.features]))}.png",
+                train,
+                heldout,
+                best_epoch=row.details["best_epoch"] - 1,
+                heldout_name="held-out training images",
+                title=f"Linear probe on crops, {row.network}, {FEATURE_TITLES[row.features]}: {subject}",
+            )

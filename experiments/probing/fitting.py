@@ -1,0 +1,281 @@
+"""How each classifier is fitted to cached features, and on which images its epoch, head or constant is chosen."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from dinojax.errors import UserError
+from dinojax.probes import (
+    EpochMetrics,
+    LinearHead,
+    fit_linear,
+    fit_linear_sweep,
+    fit_logistic,
+    fit_logistic_grid,
+    fit_mlp,
+    fit_sgd_linear,
+)
+from dinojax.probes.labelled import check_labelled
+from experiments.data.splits import Dataset
+from experiments.probing.classifiers import Classifier, Features, pick_tokens
+
+HEADLINE_K = 20
+OTHER_KS = (10, 100, 200)
+EUCLIDEAN_K = 5
+ON_HELDOUT = "selected on held-out training images"
+ON_TEST = "selected on the test set"
+NOTHING = "nothing to select"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What fitting and judging can be told; the command's flags of the same names explain each."""
+
+    epochs: int = 5
+    learning_rate: float = 1e-2
+    probe_batch_size: int = 64
+    mlp_epochs: int = 25
+    sweep_steps: int = 12_500
+    svc_standardise: bool = False
+    shots: int = 5
+    heldout_fraction: float = 0.1
+    protocol: Literal["heldout", "seed"] = "heldout"
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """Everything that a fit may see.
+
+    Attributes:
+        features: of the training images.
+        labels: their classes.
+        num_classes: among which some may have no image.
+        kept: indices of the images to learn from.
+        heldout: indices of the others, to choose on.
+        views: features of augmented views of the same images, in the same order.
+        test: features and labels to choose on in the place of the held-out images, all training images being learnt
+            from. For the protocol of the originals alone, whose numbers are optimistic.
+    """
+
+    features: Features
+    labels: Int[np.ndarray, " images"]
+    num_classes: int
+    kept: Int[np.ndarray, " kept"]
+    heldout: Int[np.ndarray, " heldout"]
+    views: Sequence[Features] = ()
+    test: tuple[np.ndarray, np.ndarray] | None = None
+
+    def to_learn(self, *, views: bool = False, everything: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Features and labels to learn from: of the images kept, or of all; views of the same images behind them."""
+        rows = np.arange(len(self.labels)) if everything or self.test is not None else self.kept
+        parts = [self.features, *self.views] if views else [self.features]
+        return np.concatenate([part[rows] for part in parts]), np.tile(self.labels[rows], len(parts))
+
+    def to_choose(self) -> tuple[np.ndarray, np.ndarray]:
+        """Features and labels to choose an epoch, a head or a constant on."""
+        return self.test or (self.features[self.heldout], self.labels[self.heldout])
+
+    @property
+    def selection(self) -> str:
+        """What choosing on those images is called."""
+        return ON_HELDOUT if self.test is None else ON_TEST
+
+
+class Fit(NamedTuple):
+    """A fitted classifier, what it was chosen on, and JSON on how: "curves" or "grid", and the best of it."""
+
+    classifier: Classifier
+    selection: str
+    details: dict[str, Any]
+
+
+def check_labels(names: Sequence[str], dataset: Dataset, shots: int) -> None:
+    """Raises a `UserError` for labels that the classifiers `names` cannot learn from or be judged on."""
+    counts, tests = (np.bincount(s.labels, minlength=len(dataset.class_names)) for s in (dataset.train, dataset.test))
+    present = [name for name, count in zip(dataset.class_names, counts) if count]
+    if len(counts) > len(dataset.class_names) or len(tests) > len(dataset.class_names):
+        raise UserError(f"--data {dataset.name}: labels go beyond its {len(dataset.class_names)} classes")
+    if len(present) < 2:
+        raise UserError(f"--data {dataset.name}: all training images are of one class, {present[0]!r}; add others")
+    if (unseen := np.flatnonzero((tests > 0) & (counts == 0))).size:
+        name = dataset.class_names[unseen[0]]
+        raise UserError(f"--data {dataset.name}: class {name!r} has test images and no training image; add some")
+    for name, k in (("knn", HEADLINE_K), ("knn5", EUCLIDEAN_K)):
+        if name in names and sum(counts) < k:
+            raise UserError(
+                f"{name} needs at least k = {k} training images and there are {sum(counts)}; add images, raise "
+                "--max-train or leave it out of --classifiers"
+            )
+    fewest = min(count for count in counts if count)
+    if "few_shot" in names and fewest < shots:
+        name = dataset.class_names[list(counts).index(fewest)]
+        raise UserError(f"few_shot needs --shots {shots} training images of every class and {name!r} has {fewest}")
+    if sum(counts) == len(present):
+        raise UserError(
+            f"--data {dataset.name}: one training image in each of {len(present)} classes leaves none to hold out; "
+            "add images or raise --max-train"
+        )
+
+
+def fit(name: str, data: TrainingData, settings: Settings) -> Fit:
+    """Fits one of `TITLES`.
+
+    Raises:
+        UserError: features that are not finite, one class alone, or too few images.
+    """
+    check_labelled(data.features, data.labels, data.num_classes)
+    return _FITS[name](data, settings)
+
+
+def _fit_knn(data: TrainingData, settings: Settings) -> Fit:
+    smaller = [k for k in OTHER_KS if k <= len(data.labels)]
+    return _fit_neighbours("knn", data, kind="knn", k=HEADLINE_K, other_ks=smaller, temperature=0.07)
+
+
+def _fit_knn5(data: TrainingData, settings: Settings) -> Fit:
+    return _fit_neighbours("knn5", data, kind="euclidean", k=EUCLIDEAN_K)
+
+
+def _fit_neighbours(name: str, data: TrainingData, **settings: Any) -> Fit:
+    arrays = {"features": pick_tokens(data.features), "labels": data.labels.astype(np.int64)}
+    return Fit(Classifier(name, arrays, {"classes": data.num_classes, **settings}), NOTHING, {})
+
+
+def _fit_linear(data: TrainingData, settings: Settings) -> Fit:
+    features, labels = data.to_learn(views=True)
+    chosen_features, chosen_labels = data.to_choose()
+    head, history, best = fit_linear(
+        pick_tokens(features),
+        labels,
+        pick_tokens(chosen_features),
+        chosen_labels,
+        num_classes=data.num_classes,
+        key=jax.random.key(settings.seed),
+        epochs=settings.epochs,
+        batch_size=settings.probe_batch_size,
+        learning_rate=settings.learning_rate,
+    )
+    return Fit(_linear("linear", head, data), data.selection, _by_epoch(history, best))
+
+
+def _fit_mlp(name: str, data: TrainingData, settings: Settings, *, batch_size: int, shuffle: bool) -> Fit:
+    features, labels = data.to_learn(views=True)
+    chosen_features, chosen_labels = data.to_choose()
+    order = "new in every epoch" if shuffle else "of the files, the same in every epoch"
+    if not shuffle and (np.diff(data.labels) >= 0).all():
+        # Files sorted by class would give minibatches of one class; the original's files are in no such order.
+        random_order = np.random.default_rng(settings.seed).permutation(len(labels))
+        features, labels = features[random_order], labels[random_order]
+        order = "random, the same in every epoch (the files are sorted by class)"
+    head, history, best = fit_mlp(
+        pick_tokens(features),
+        labels,
+        pick_tokens(chosen_features),
+        chosen_labels,
+        num_classes=data.num_classes,
+        key=jax.random.key(settings.seed),
+        epochs=settings.mlp_epochs,
+        batch_size=batch_size,
+        shuffle=shuffle,
+    )
+    classifier = Classifier(name, _arrays(head), {"kind": "mlp", "classes": data.num_classes})
+    details = {"batch_size": batch_size, "order": order, **_by_epoch(history, best)}
+    return Fit(classifier, data.selection, details)
+
+
+def _fit_sweep(data: TrainingData, settings: Settings) -> Fit:
+    features, labels = data.to_learn(views=True)
+    options = {"num_classes": data.num_classes, "key": jax.random.key(settings.seed), "steps": settings.sweep_steps}
+    found = fit_linear_sweep(features, labels, *data.to_choose(), **options)
+    chosen = found.settings[found.best]
+    head = found.head
+    if data.test is None:
+        features, labels = data.to_learn(views=True, everything=True)
+        inputs = pick_tokens(features, chosen.blocks, chosen.mean_patch)
+        head = fit_sgd_linear(inputs, labels, learning_rate=chosen.learning_rate, **options)
+    grid = [{**s._asdict(), "accuracy": float(a)} for s, a in zip(found.settings, found.heldout_accuracy)]
+    classifier = _linear("sweep", head, data, chosen.blocks, chosen.mean_patch)
+    return Fit(classifier, data.selection, {"best": grid[found.best], "steps": settings.sweep_steps, "grid": grid})
+
+
+def _fit_logistic(data: TrainingData, settings: Settings) -> Fit:
+    """C from the grid, then all training images; the originals hold images out for C too."""
+    honest = dataclasses.replace(data, test=None)
+    (features, labels), (chosen_features, chosen_labels) = honest.to_learn(), honest.to_choose()
+    found = fit_logistic_grid(
+        pick_tokens(features), labels, pick_tokens(chosen_features), chosen_labels, num_classes=data.num_classes
+    )
+    grid = [{"C": c, "accuracy": float(a)} for c, a in zip(found.Cs, found.heldout_accuracy)]
+    head = fit_logistic(
+        pick_tokens(data.features),
+        data.labels,
+        num_classes=data.num_classes,
+        C=found.Cs[found.best],
+        warm_start=found.head,
+    )
+    return Fit(_linear("logistic", head, data), honest.selection, {"best": grid[found.best], "grid": grid})
+
+
+def _fit_svc(data: TrainingData, settings: Settings) -> Fit:
+    """Scikit-learn's RBF SVC with its defaults, on all training images."""
+    from sklearn.svm import SVC
+
+    raw = pick_tokens(data.features)
+    mean, scale = np.zeros(raw.shape[1]), np.ones(raw.shape[1])
+    if settings.svc_standardise:
+        mean, deviation = raw.mean(axis=0, dtype=np.float64), raw.std(axis=0, dtype=np.float64)
+        scale = np.where(deviation > 0, deviation, 1)
+    inputs = (raw.astype(np.float64) - mean) / scale
+    svc = SVC(kernel="rbf", gamma=scaled_gamma(inputs), cache_size=1000).fit(inputs, data.labels)
+    arrays = {"support_vectors": raw[svc.support_], "mean": mean, "scale": scale, **svc_arrays(svc)}
+    classifier = Classifier("svc", arrays, {"kind": "svc", "classes": data.num_classes, "gamma": svc.gamma})
+    return Fit(classifier, NOTHING, {"support_vectors": len(svc.support_), "standardised": settings.svc_standardise})
+
+
+def scaled_gamma(inputs: Float[np.ndarray, "images dim"]) -> float:
+    """What scikit-learn's `gamma="scale"` stands for."""
+    variance = inputs.var()
+    return float(1 / (inputs.shape[1] * variance)) if variance else 1.0
+
+
+def svc_arrays(svc: Any) -> dict[str, np.ndarray]:
+    """What a fitted `sklearn.svm.SVC` has learnt, beside its support vectors."""
+    # With two classes scikit-learn turns the signs of the public attributes, so that positive means the second.
+    sign = -1 if len(svc.classes_) == 2 else 1
+    return {
+        "dual_coef": sign * svc.dual_coef_,
+        "intercept": sign * svc.intercept_,
+        "n_support": svc.n_support_.astype(np.int64),
+        "classes": svc.classes_.astype(np.int64),
+    }
+
+
+def _linear(name: str, head: LinearHead, data: TrainingData, blocks: int = 1, mean_patch: bool = False) -> Classifier:
+    settings = {"kind": "linear", "classes": data.num_classes, "blocks": blocks, "mean_patch": mean_patch}
+    return Classifier(name, _arrays(head), settings)
+
+
+def _arrays(head: Any) -> dict[str, np.ndarray]:
+    return {name: np.asarray(array) for name, array in head._asdict().items()}
+
+
+def _by_epoch(history: EpochMetrics, best: int) -> dict[str, Any]:
+    curves = {name: np.asarray(values).tolist() for name, values in history._asdict().items()}
+    return {"best_epoch": best + 1, "epochs": len(curves["train_loss"]), "curves": curves}
+
+
+_FITS: dict[str, Callable[[TrainingData, Settings], Fit]] = {
+    "knn": _fit_knn,
+    "knn5": _fit_knn5,
+    "linear": _fit_linear,
+    "sweep": _fit_sweep,
+    "logistic": _fit_logistic,
+    "mlp": lambda data, settings: _fit_mlp("mlp", data, settings, batch_size=64, shuffle=False),
+    "mlp_shuffled": lambda data, settings: _fit_mlp("mlp_shuffled", data, settings, batch_size=32, shuffle=True),
+    "svc": _fit_svc,
+}

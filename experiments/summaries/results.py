@@ -1,0 +1,145 @@
+"""The results that evaluations and trainings left in their folders, in one form."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from dinojax.errors import UserError
+from dinojax.models.files import CONFIG_FILE, abstract_model
+from dinojax.models.vit import ViTConfig
+from experiments.pretraining.config import FREE
+from experiments.runs.records import RESULT_FILE, TRACES_OF_TRAINING, read_json
+
+# Settings that do not change a number beyond what a seed does; the data are told by their names and sizes.
+_FREE_OF_TRAINING = FREE | {"seed", "data", "max_test", "knn_every"}
+_FREE_OF_EVALUATION = {"seed", "out", "cache_dir", "data_dir", "data", "weights", "network", "untrained", "classifiers",
+                       "batch_size", "figures", "folds"}  # fmt: skip
+
+Key = tuple[str, str, str]  # network, features, probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One evaluation, or the k-NN at the end of one training.
+
+    Attributes:
+        folder: where it was read.
+        same: what runs of one line agree in; JSON.
+        weights: tells differently trained weights from each other.
+        trained_on: the name of the data set; "" where it is not known.
+        judged_on: likewise.
+        about: what the line says of the training: model, images, parameters, epochs.
+        seconds: of the training.
+        device: "GPU", "TPU" or "CPU".
+        accuracies: by network, features and probe.
+        intervals: 95 % over test images, where there are.
+    """
+
+    folder: Path
+    same: str
+    weights: str
+    trained_on: str
+    judged_on: str
+    about: Mapping[str, Any]
+    seconds: float | None
+    device: str
+    accuracies: Mapping[Key, float]
+    intervals: Mapping[Key, tuple[float, float]]
+
+
+def read_runs(paths: Iterable[Path], *, others: Collection[Path] = ()) -> list[Run]:
+    """All runs in the folders and below; only `others`, which hold results of another kind, may be without.
+
+    Raises:
+        UserError: a folder without any, or a damaged file.
+    """
+    found: dict[Path, Run] = {}
+    for path in (path.expanduser() for path in paths):
+        if not path.is_dir():
+            raise UserError(f"{path}: there is no such folder; name output folders of evaluations or trainings")
+        results = [path / RESULT_FILE] if (path / RESULT_FILE).is_file() else sorted(path.rglob(RESULT_FILE))
+        runs = {file.parent.resolve(): run for file in results if (run := _read(file))}
+        if not runs and path not in others:
+            unfinished = any((path / trace).exists() for trace in TRACES_OF_TRAINING)
+            why = "is a training that has not ended" if unfinished else f"holds no {RESULT_FILE} of a run"
+            raise UserError(f"{path} {why}; name output folders of evaluations or finished trainings")
+        found |= runs
+    if not found and not others:
+        raise UserError("no runs were given; name output folders of evaluations or trainings")
+    return list(found.values())
+
+
+def _read(file: Path) -> Run | None:
+    result = read_json(file)
+    if "rows" in result:
+        return _evaluation(file.parent, result)
+    return _training(file.parent, result) if "test_knn_accuracy" in result else None  # another command's
+
+
+def _evaluation(folder: Path, result: Mapping[str, Any]) -> Run:
+    training, first = result["pretraining"], next(iter(result["networks"].values()))
+    settings = {k: v for k, v in result["config"].items() if k not in _FREE_OF_EVALUATION}
+    settings |= {name: result[name] for name in ("image_size", "resize", "feature_dtype")}
+    data = {name: value for name, value in result["data"].items() if not name.endswith("fingerprint")}
+    known = _trained_as(training["config"]) if training.get("config") else {"weights": result["weights"]}
+    about = {"model": _shape(first["architecture"]), "parameters": result["parameters"],
+             "images": training.get("images"), "epochs": training.get("epochs"),
+             "weights": None if training.get("config") else Path(result["weights"]).name}  # fmt: skip
+    rows = {(row["network"], row["features"], row["probe"]): row for row in result["rows"]}
+    same = [result["command"], settings, data, known, *(training.get(name) for name in ("data", "images", "backend"))]
+    return Run(
+        folder,
+        json.dumps(same, sort_keys=True),
+        "+".join(network["fingerprint"] for name, network in result["networks"].items() if name != "untrained"),
+        training.get("data", ""),
+        f"{data['name']}, {result['image_size']} px" + (f", {data['folds']} folds" if data["folds"] > 1 else ""),
+        about,
+        training.get("train_seconds"),
+        _device(training.get("backend")),
+        {key: row["accuracy"] for key, row in rows.items()},
+        {key: tuple(row["interval"]) for key, row in rows.items() if row["interval"]},
+    )
+
+
+def _training(folder: Path, result: Mapping[str, Any]) -> Run:
+    document = read_json(folder / "teacher" / CONFIG_FILE)
+    source, architecture = document["source"], document["config"]
+    names = {"random_init": "untrained"}
+    model = nnx.state(abstract_model(ViTConfig(**architecture)), nnx.Param)
+    sizes = [math.prod(array.shape) for array in jax.tree.leaves(model)]
+    about = {"model": _shape(architecture), "parameters": sum(sizes), "images": result["images"],
+             "epochs": source["epochs"], "weights": None}  # fmt: skip
+    same = ["training", _trained_as(result["config"]), source["data"], result["images"], result["config"]["max_test"]]
+    return Run(
+        folder,
+        json.dumps(same, sort_keys=True),
+        document["sha256"],
+        source["data"],
+        f"{source['data']}, {source['image_size']} px, at the end of training",
+        about,
+        result["train_seconds"],
+        _device(result["environment"]["backend"]),
+        {(names.get(k, k), "cls", "knn_20"): v for k, v in result["test_knn_accuracy"].items()},
+        {},
+    )
+
+
+def _trained_as(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in _FREE_OF_TRAINING}
+
+
+def _shape(architecture: Mapping[str, Any]) -> str:
+    widths = {192: "ViT-Tiny", 384: "ViT-S", 768: "ViT-B", 1024: "ViT-L", 1536: "ViT-g"}
+    dim, depth, patch = (architecture[name] for name in ("embed_dim", "depth", "patch_size"))
+    usual = depth == {"ViT-L": 24, "ViT-g": 40}.get(widths.get(dim), 12)
+    return f"{widths[dim]}/{patch}" if dim in widths and usual else f"ViT {dim}×{depth}/{patch}"
+
+
+def _device(backend: str | None) -> str:
+    return {"gpu": "GPU", "cuda": "GPU", "rocm": "GPU"}.get(backend or "", (backend or "").upper())
