@@ -91,7 +91,7 @@ def momentum_one_step_late(patch):
     def late(*args, teacher_momentum, **kwargs):
         return original(*args, teacher_momentum=lambda step: teacher_momentum(jnp.maximum(step - 1, 0)), **kwargs)
 
-    patch.setattr("test_training_parity.make_train_step", late)
+    patch.setattr("tests.support.training_parity.make_train_step", late)
 
 
 def tanh_gelu(patch):
