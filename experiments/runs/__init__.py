@@ -1,0 +1,1 @@
+"""Run folders: settings, logs, results, and what a run costs."""
