@@ -4,9 +4,9 @@
     python -m benchmarks.dino_step --quick    5 rounds of fewer and smaller rows, under 3 minutes on 2 cores
 
 A step is: student and teacher on 2 global and 8 local crops, loss, gradients, clipping of each tensor, AdamW, moving
-averages of teacher and center. Both sides begin with the same parameters and see the same random crops, already on the
+averages of teacher and center. Both sides start from the same parameters and see the same random crops, already on the
 device, and each PyTorch variant first proves that its work is ours: loss, norm of the gradients, and what two steps
-make of student, teacher and center (float32); where they differ the command refuses to go on. On CPU both compute in
+make of student, teacher and center (float32); where they differ the command stops. On CPU both compute in
 float32 with as many threads as there are cores. On a GPU both compute in bfloat16 over float32 parameters, and ours
 runs a second time from raw uint8 images, its augmentation inside the step.
 
@@ -34,13 +34,13 @@ class Config:
     """The DINO step beside PyTorch, the augmentation beside Pillow; ends in one line of JSON."""
 
     quick: bool = False
-    """5 rounds of fewer and smaller rows, eager PyTorch only."""
+    """Run 5 rounds of fewer and smaller rows against eager PyTorch only."""
     rows: tuple[str, ...] = ()
-    """Only rows whose name contains one of these, such as augmentation, 2x128 or "batch 256"."""
+    """Parts of row names, such as augmentation, 2x128 or "batch 256": only rows that contain one of them run."""
     rounds: int = 10
-    """Rounds of the full run."""
+    """Number of rounds of the full run."""
     out: Path | None = None
-    """Also write the JSON to this file."""
+    """File that the JSON is also written to."""
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def _chosen(config: Config, *, gpu: bool) -> list[StepRow | CropRow]:
     rows = [*(steps[:1] if config.quick else steps), *(CROPS[:2] if config.quick else CROPS)]
     chosen = [row for row in rows if not config.rows or any(part in row.name for part in config.rows)]
     if not chosen:
-        sys.exit(f"no row is called like {' or '.join(config.rows)}; there are: {'; '.join(row.name for row in rows)}")
+        sys.exit(f"no row matches {' or '.join(config.rows)}; the rows are: {'; '.join(row.name for row in rows)}")
     return chosen
 
 
@@ -93,7 +93,7 @@ def _progress(text: str) -> None:
 def _groups(
     work: StepRow | CropRow, start: dict[str, Any], *, gpu: bool, quick: bool
 ) -> list[tuple[str, list[Variant]]]:
-    """The control and the variants of each group; ours first, because it writes what the others begin with."""
+    """The control and the variants of each group; ours comes first: it writes the parameters that the others load."""
     if isinstance(work, CropRow):
         pillow = Variant(PILLOW, "benchmarks.pillow_crops:prepare", start)
         return [(PILLOW, [Variant(OURS, "benchmarks.jax_dino:prepare_crops", start), pillow])]
@@ -109,7 +109,7 @@ def _groups(
         for cudnn in ([False, True] if gpu and not quick else [False])
         for mode in modes
     ]
-    # A GPU does not hold the memory of all of them at once.
+    # All of them together do not fit the memory of a GPU.
     return [(OURS, [ours, from_pixels, variant]) for variant in torch] if gpu else [(EAGER, [ours, *torch])]
 
 

@@ -59,7 +59,7 @@ class StepRow:
 
     @property
     def name(self) -> str:
-        """How tables call it."""
+        """Name in tables."""
         patch, size, prototypes = self.model.patch_size, self.model.img_size, self.model.prototypes
         return f"vit-ti/{patch} 2x{size}+8x{self.local_size} batch {self.batch}, {prototypes:,} prototypes"
 
@@ -87,7 +87,7 @@ class StepRow:
 
     @property
     def product(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of a product that is typical: the first of the MLP in a block, over all global crops."""
+        """Shapes of a typical matrix product: the first of a block's MLP, over all global crops."""
         crops, size = self.groups[0]
         tokens = self.batch * crops * ((size // self.model.patch_size) ** 2 + 1)
         return (tokens, self.model.embed_dim), (self.model.embed_dim, 4 * self.model.embed_dim)
@@ -104,7 +104,7 @@ class CropRow:
 
     @property
     def name(self) -> str:
-        """How tables call it."""
+        """Name in tables."""
         return f"augmentation {self.source} px to 2x{self.global_size}+8x{self.local_size}"
 
 
@@ -149,7 +149,7 @@ def differences(initial: Arrays, ours: Arrays, theirs: Arrays) -> dict[str, floa
     Args:
         initial: parameters before the first step.
         ours: "loss" and "gradient_norm" of each step, "center", and parameters under "student.…" and "teacher.…".
-        theirs: likewise.
+        theirs: the same of the other side.
 
     Raises:
         RuntimeError: further apart than rounding explains, so the work is not the same.

@@ -37,13 +37,13 @@ class Config:
     """Feature extraction of ViT-S/14 at 224 px, dinojax beside PyTorch; ends in one line of JSON."""
 
     quick: bool = False
-    """5 rounds, eager PyTorch only."""
+    """Run 5 rounds against eager PyTorch only."""
     batches: tuple[int, ...] = ()
-    """Batch sizes; default 1, 8 and 32 on CPU, 32, 256 and 1024 on a GPU."""
+    """Batch sizes. Empty takes 1, 8 and 32 on a CPU, and 32, 256 and 1024 on a GPU."""
     rounds: int = 10
-    """Rounds of the full run."""
+    """Number of rounds of the full run."""
     out: Path | None = None
-    """Also write the JSON to this file."""
+    """File that the JSON is also written to."""
 
 
 def main() -> None:

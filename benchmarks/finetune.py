@@ -3,15 +3,15 @@
     python -m benchmarks.finetune            every mode (10 rounds; on CPU 12 minutes)
     python -m benchmarks.finetune --quick    5 rounds of 112-px images, eager PyTorch only, under 3 minutes on 2 cores
 
-The modes are those of `dinojax.finetune`. linear: SGD on the head, the frozen backbone sees each batch anew, without
-gradients. finetune: SGD on everything. llrd: AdamW on everything, layer-wise rates, moving average. lora: AdamW on the
-attention's low-rank factors and the head. Normalised images and labels, both random, are already on the device; there
-is no augmentation, no clipping, and drop path is off. PyTorch's side is `transformers` Dinov2, as fast as we could make
-it: see `benchmarks.finetune_work`.
+The modes are those of `dinojax.finetune`. linear: SGD on the head; the frozen backbone computes the features of every
+batch again, without gradients. finetune: SGD on everything. llrd: AdamW on everything, layer-wise rates, moving
+average. lora: AdamW on the attention's low-rank factors and the head. Random normalised images and random labels are
+already on the device; augmentation, clipping and drop path are off. PyTorch's side is `transformers` Dinov2, tuned as
+far as we could: see `benchmarks.finetune_work`.
 
-Both sides begin with the same parameters, and each PyTorch variant first proves that its work is ours: loss, norm of
+Both sides start from the same parameters, and each PyTorch variant first proves that its work is ours: loss, norm of
 the gradients, and what two steps make of everything that trains and of its moving average (float32); where they differ
-the command refuses to go on. On CPU both compute in float32 with as many threads as there are cores, on a GPU in
+the command stops. On CPU both compute in float32 with as many threads as there are cores, on a GPU in
 bfloat16 over float32 parameters. TFLOP/s count the products of a step, for both sides the same: see `Row.flops`.
 """
 
@@ -35,21 +35,21 @@ class Config:
     """One supervised training step, dinojax beside PyTorch; ends in one line of JSON."""
 
     quick: bool = False
-    """5 rounds, 4 images of 112 px a step unless --batch says otherwise, eager PyTorch only. Modes share processes, so
-    that each peak of memory is that of the modes before as well."""
+    """Run 5 rounds with 4 images of 112 px per step (or --batch) against eager PyTorch only. Modes share processes, so
+    a row's peak memory includes that of the rows before it."""
     rows: tuple[str, ...] = ()
-    """Only rows whose name contains one of these, such as lora or "batch 8"."""
+    """Parts of row names, such as lora or "batch 8": only rows that contain one of them run."""
     batch: tuple[int, ...] = ()
-    """Images a step; default 8 on CPU, 32 and 128 on a GPU."""
+    """Images per step. Empty takes 8 on a CPU, and 32 and 128 on a GPU."""
     rounds: int = 10
-    """Rounds of the full run."""
+    """Number of rounds of the full run."""
     out: Path | None = None
-    """Also write the JSON to this file."""
+    """File that the JSON is also written to."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Constants. Their values cost nothing; with these two steps in float32 show every one of them."""
+    """Hyperparameters. They do not affect speed; these values make every one of them visible after two steps."""
 
     learning_rate: float = 2e-3
     weight_decay: float = 0.4
@@ -63,7 +63,7 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A step of one mode on `batch` images of `size` pixels; the rest is the architecture, DINOv2 ViT-S/14."""
+    """A step of one mode on `batch` images of `size` pixels; the other fields are the architecture, DINOv2 ViT-S/14."""
 
     mode: str
     size: int
@@ -77,12 +77,12 @@ class Row:
 
     @property
     def name(self) -> str:
-        """How tables call it."""
+        """Name in tables."""
         return f"{self.mode}, {self.size} px, batch {self.batch}"
 
     @property
     def recipe(self) -> Recipe:
-        """SGD takes other rates than AdamW."""
+        """Hyperparameters of the mode's optimizer."""
         return Recipe() if self.adamw else Recipe(learning_rate=0.1, weight_decay=0.01)
 
     @property
@@ -123,7 +123,7 @@ class Row:
 
     @property
     def product(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of a product that is typical: the first of the MLP in a block, of 2,048 tokens at least."""
+        """Shapes of a typical matrix product: the first of a block's MLP, with at least 2,048 tokens."""
         tokens = self.batch * ((self.size // self.patch_size) ** 2 + 1)
         return (max(tokens, 2048), self.embed_dim), (self.embed_dim, 4 * self.embed_dim)
 
@@ -138,14 +138,14 @@ def main() -> None:
     rows = [Row(mode, 112 if config.quick else 224, batch) for mode in MODES for batch in batches]
     chosen = [row for row in rows if not config.rows or any(part in row.name for part in config.rows)]
     if not chosen:
-        sys.exit(f"no row is called like {' or '.join(config.rows)}; there are: {'; '.join(row.name for row in rows)}")
+        sys.exit(f"no row matches {' or '.join(config.rows)}; the rows are: {'; '.join(row.name for row in rows)}")
     finish(measure(chosen, gpu=gpu, quick=config.quick, rounds=5 if config.quick else config.rounds), config.out)
 
 
 def measure(works: Sequence[Row], *, gpu: bool, quick: bool, rounds: int) -> dict[str, Any]:
-    """Runs the rows one after the other, prints a table of each, and returns what the JSON is to hold."""
+    """Runs the rows in order, prints a table of each, and returns the contents of the JSON."""
     rows = {}
-    # Processes of their own tell a row's peak memory; starting them is what a quick run saves.
+    # Separate processes show each row's own peak memory; a quick run saves the time to start them.
     for group in [works] if quick else [[work] for work in works]:
         by_name = {work.name: work for work in group}
         with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +168,7 @@ def _progress(text: str) -> None:
 
 
 def _variants(works: Mapping[str, Row], folder: str, *, gpu: bool, quick: bool) -> list[Variant]:
-    """Ours first: it writes what the others begin with."""
+    """Ours comes first: it writes the parameters that the others start from."""
     shared = {"works": {name: dataclasses.asdict(work) for name, work in works.items()}, "start": folder}
     in_parts = all(work.mode != "linear" and work.batch > CPU_PART for work in works.values())
     theirs: dict[str, dict[str, Any]] = {EAGER: {"mode": "eager"}}
@@ -178,7 +178,7 @@ def _variants(works: Mapping[str, Row], folder: str, *, gpu: bool, quick: bool) 
     if gpu and not quick:
         theirs |= {f"{name}, cuDNN attention": options | {"cudnn": True} for name, options in theirs.items()}
     if not gpu and not quick and in_parts:
-        theirs |= {f"{name}, {CPU_PART} at a time": options | {"part": CPU_PART} for name, options in theirs.items()}
+        theirs |= {f"{name}, in parts of {CPU_PART}": options | {"part": CPU_PART} for name, options in theirs.items()}
     prepare = "benchmarks.finetune_work:prepare_torch"
     return [
         Variant(OURS, "benchmarks.finetune_work:prepare_jax", shared),

@@ -155,7 +155,7 @@ class TorchTrainer:
         mode: "eager", or how `torch.compile` compiles model and loss.
         context: entered around the forward pass, for instance autocast.
         frozen_dtype: of the parameters that do not train; None leaves them as they are.
-        part: images that go forward and back at a time; None takes the whole batch.
+        part: images per forward and backward pass; None takes the whole batch.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""How two programs are compared: one process each, taking turns, so that the machine's noise hits both alike.
+"""How two programs are compared: one process each, taking turns, so that noise of the machine affects both equally.
 
 A variant is a function `prepare(row=…, **arguments) -> Prepared` in a module that only its own process imports: PyTorch
 and JAX never share one. For each row of a benchmark the parent process asks the variants in turn for one timed stretch
 of work, in an order that changes from round to round, and takes the median of the ratios within the rounds. One variant
-runs twice, under another name; its ratio to itself must be near one, or the row says nothing.
+runs twice, the second time under another name; its ratio to itself must be near one, or the row is void.
 
 Every variant keeps the memory it frees, as our training commands do. On a CPU both sides would otherwise spend part of
 each step on new pages, how much depends on what the other processes hold, and the control reads anything up to 1.1.
@@ -53,17 +53,17 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Seconds a unit in every round by variant, and what the variants said of themselves."""
+    """Seconds per unit of every round by variant, and what the variants report about themselves."""
 
     seconds: dict[str, list[float]]
     info: dict[str, dict[str, Any]]
 
     def median(self, name: str) -> float:
-        """Median seconds a unit."""
+        """Median seconds per unit."""
         return statistics.median(self.seconds[name])
 
     def ratio(self, ours: str, theirs: str) -> dict[str, float]:
-        """How many times faster `ours` is: median over rounds, spread (quartiles), and the best against the best."""
+        """How many times faster `ours` is: median over rounds, quartiles, and the ratio of the two fastest rounds."""
         ratios = [b / a for a, b in zip(self.seconds[ours], self.seconds[theirs])]
         low, _, high = statistics.quantiles(ratios, n=4)
         return {
@@ -114,7 +114,7 @@ def compare(
 
 
 def _order(names: list[str], turn: int) -> list[str]:
-    """Every round begins with another variant; every other one goes backwards, so that neighbours change as well."""
+    """Every round starts with another variant, and every second round runs backwards, so that neighbours change too."""
     first = turn % len(names)
     rotated = names[first:] + names[:first]
     return rotated if turn % 2 == 0 else rotated[::-1]
@@ -147,7 +147,7 @@ def has_gpu() -> bool:
 
 
 def throughput(batch: int, seconds: float, info: dict[str, Any], flops: float | None = None) -> dict[str, Any]:
-    """What a variant does in a second, as JSON: images and, where `flops` a batch are known, TFLOP."""
+    """What a variant does per second, as JSON: images and, where the `flops` of a batch are known, TFLOP."""
     numbers = {"images_per_second": round(batch / seconds, 2)}
     if flops is not None:
         tflops = flops / seconds / 1e12
@@ -156,7 +156,7 @@ def throughput(batch: int, seconds: float, info: dict[str, Any], flops: float | 
 
 
 def table(name: str, row: dict[str, Any]) -> str:
-    """A row of a benchmark for the eye: its ratio, the proof of equal work, and a line for each variant."""
+    """A row of a benchmark as text: its ratio, the proof of equal work, and a line for each variant."""
     void = "" if row["valid"] else " (VOID: the machine is too noisy)"
     same = ", ".join(f"{what} {value:g}" for what, value in row["same_work"].items())
     lines = [
@@ -211,7 +211,7 @@ def _ask(process: subprocess.Popen, name: str, request: Any) -> dict[str, Any]:
 
 
 def _serve(prepare: str, arguments: dict[str, Any]) -> None:
-    """The child's side: prepares a row, then answers each request to run it with the seconds a unit took."""
+    """The child's side: prepares a row, then answers each request to run it with the seconds per unit."""
     keep_freed_memory()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not be read as an answer
@@ -228,7 +228,7 @@ def _serve(prepare: str, arguments: dict[str, Any]) -> None:
 
 
 def _timed(prepared: Prepared) -> dict[str, Any]:
-    """Seconds a unit, over enough units that the clock does not matter."""
+    """Seconds per unit, over enough units that the clock's resolution does not matter."""
     units = max(1, round(STRETCH_SECONDS / prepared.unit_seconds))
     total = seconds(lambda: [prepared.run() for _ in range(units)])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

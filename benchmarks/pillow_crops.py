@@ -1,4 +1,4 @@
-"""DINO's augmentation on Pillow alone, one image and one thread at a time: what a data loader's worker would run.
+"""DINO's augmentation on Pillow alone, one image after another on one thread: what a worker of a data loader would run.
 
 The operations are the Pillow calls that torchvision's transforms make, without what torchvision adds around them.
 

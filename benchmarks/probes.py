@@ -23,7 +23,7 @@ OURS, TORCH, SKLEARN = "dinojax", "torch", "scikit-learn"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A unit of `size` and the whole job, both in `of`; and what the ratio to each opponent is called."""
+    """A unit of `size` and the whole job, both counted in `of`; and the name of the ratio to each opponent."""
 
     ratios: dict[str, str]
     size: int
@@ -43,13 +43,13 @@ class Config:
     """Probes, dinojax beside PyTorch and scikit-learn; ends in one line of JSON."""
 
     quick: bool = False
-    """5 rounds."""
+    """Run 5 rounds."""
     rows: tuple[str, ...] = tuple(ROWS)
-    """Which rows to run."""
+    """Rows to run."""
     rounds: int = 10
-    """Rounds of the full run."""
+    """Number of rounds of the full run."""
     out: Path | None = None
-    """Also write the JSON to this file."""
+    """File that the JSON is also written to."""
 
 
 def main() -> None:
