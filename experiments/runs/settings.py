@@ -59,8 +59,8 @@ class DataSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class BackboneSettings:
-    """The backbone, and how it computes features."""
+class ModelSettings:
+    """The pretrained model."""
 
     weights: str = "dinov2_vits14"
     """A published checkpoint by its torch.hub name (dino_vits16 … dinov2_vitg14_reg); dinojax_vitt, a small model
@@ -71,6 +71,12 @@ class BackboneSettings:
     the centre is cropped. None takes the size the model was trained at, 224 for published weights."""
     dtype: Dtype = "auto"
     """Number type of the model's computation. auto is float32 on a CPU and bfloat16 on a GPU or TPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneSettings(ModelSettings):
+    """The backbone, and how it computes features."""
+
     batch_size: Annotated[int | None, POSITIVE] = None
     """Images per forward pass. None takes as many as fit the cache of a CPU, or 256 on a GPU or TPU."""
 
@@ -140,9 +146,15 @@ def flat(config: Any) -> dict[str, Any]:
     return found
 
 
-def unimportant(config: Any) -> set[str]:
+def unimportant(kind: type) -> set[str]:
     """Flat names of the settings under whose other values an interrupted run resumes."""
-    return {name for name, _, marks in _leaves(config) if any(isinstance(mark, Unimportant) for mark in marks)}
+    found: set[str] = set()
+    for name, hint in _hints(kind).items():
+        if group := group_of(kind, name):
+            found |= unimportant(group)
+        elif UNIMPORTANT in getattr(hint, "__metadata__", ()):
+            found.add(name)
+    return found
 
 
 def check_bounds(config: Any) -> None:
