@@ -174,13 +174,14 @@ def prepare_jax(row: int, weights: str) -> Prepared:
 
     from converters import from_torch
     from dinojax import VARIANTS
+    from dinojax.models.chunks import in_chunks
 
     # `transformers` resizes the position table without upstream's offset; identical work includes that.
     config = dataclasses.replace(VARIANTS[MODEL], interpolate_offset=0.0)
     graphdef, state = nnx.split(from_torch(load_file(weights), config=config))
     dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
     state = jax.tree.map(lambda x: x.astype(dtype), state)
-    forward = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))
+    forward = jax.jit(lambda state, images: in_chunks(nnx.merge(graphdef, state), config, images))
     images = jax.device_put(_images(row).astype(dtype))
     left, right = (jax.random.normal(jax.random.key(0), shape, dtype) for shape in _matmul_shapes(row))
     product = jax.jit(jnp.matmul)

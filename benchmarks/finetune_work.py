@@ -95,14 +95,13 @@ class OurTrainer:
             accumulation_steps=parts,
         )
         self.state = finetune.init_finetune_state(trainable, optimizer, ema=row.averaged)
-        self.key = jax.random.key(0)  # though nothing is dropped: see `make_finetune_step`
         self.jitted = jax.jit(step, donate_argnums=0)
 
     def step(self, inputs: Inputs) -> tuple[Any, Any]:
         """Trains on a batch; the loss and the norm of all gradients."""
         import jax
 
-        self.state, metrics = jax.block_until_ready(self.jitted(self.state, self.frozen, *inputs, self.key))
+        self.state, metrics = jax.block_until_ready(self.jitted(self.state, self.frozen, *inputs))
         return metrics["loss"], metrics["gradient_norm"]
 
     def parameters(self) -> dict[str, np.ndarray]:

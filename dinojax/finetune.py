@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Key, PyTree
 
 from dinojax.errors import UserError
+from dinojax.models.chunks import images_in_cache, in_chunks
 from dinojax.models.layers import Linear, torch_default_init
 from dinojax.models.vit import VisionTransformer
 from dinojax.pretraining.monitors import gradient_norms
@@ -26,7 +27,6 @@ from dinojax.pretraining.schedules import Schedule
 from dinojax.probes.labelled import check_range
 
 MODES = ("linear", "finetune", "llrd", "lora")
-_CACHED_NUMBERS = 4 * 257 * 384
 
 Images = Float[Array | np.ndarray, "batch height width channels"]
 Labels = Int[Array | np.ndarray, " batch"]
@@ -186,12 +186,22 @@ def init_finetune_state(
 
 
 def make_logits(
-    model: Classifier, *, lora_alpha: float = 16.0, compute_dtype: DTypeLike | None = None, remat: bool = False
+    model: Classifier,
+    *,
+    lora_alpha: float = 16.0,
+    compute_dtype: DTypeLike | None = None,
+    remat: bool = False,
+    inference: bool = False,
 ) -> Callable[..., Logits]:
-    """Returns `logits_of(trainable, frozen, images, key)`.
+    """Returns `logits_of(trainable, frozen, images, key=None)`; the key draws drop path.
 
-    A backbone that is frozen whole runs as in inference, without drop path. `model` gives the architecture alone;
-    `lora_alpha` is that of `merge_parameters`, `compute_dtype` and `remat` are those of `dinojax.pretraining.step`.
+    Args:
+        model: gives the architecture alone.
+        lora_alpha: as in `merge_parameters`.
+        compute_dtype: as in `dinojax.pretraining.make_train_step`.
+        remat: keep only what enters each block, and compute the rest again for the gradient.
+        inference: for evaluation alone: no drop path, and `in_chunks`. A backbone without trainable parameters always
+            runs this way.
     """
     graphdef, _ = nnx.split(model, nnx.Param)
 
@@ -199,8 +209,10 @@ def make_logits(
         parameters = merge_parameters(trainable, frozen, lora_alpha=lora_alpha)
         if compute_dtype is not None:
             parameters = jax.tree.map(lambda x: x.astype(compute_dtype), parameters)
-        options = {"key": key, "remat": remat} if "backbone" in trainable else {}
-        return nnx.merge(graphdef, parameters)(images, **options)
+        network = nnx.merge(graphdef, parameters)
+        if "backbone" in trainable and not inference:
+            return network(images, key=key, remat=remat)
+        return network.head(in_chunks(network.backbone, network.backbone.config, images).cls_token)
 
     return logits_of
 
@@ -233,9 +245,8 @@ def make_finetune_step(
         accumulation_steps: so many parts of the batch follow each other, and their gradients are added up: the same
             step with less memory, and on a CPU in less time, where a part's activations stay in the cache.
 
-    The key draws drop path. Where the backbone trains, give one even if the rate is zero: without it the model runs in
-    the chunks of inference, a third slower on a CPU once there is a gradient. The metrics are scalars: loss in nats and
-    accuracy as a fraction, of the batch before the step, and gradient_norm before clipping.
+    The key draws drop path; None leaves it out. The metrics are scalars: loss in nats and accuracy as a fraction, of
+    the batch before the step, and gradient_norm before clipping.
     """
 
     def gradients_of(
@@ -284,7 +295,7 @@ def cached_parts(model: VisionTransformer, batch_size: int, image_size: int) -> 
     With ViT-S/14 at 224 px, 4 images a part took 0.8 of the CPU seconds of 16 at once, and a fifth of the memory.
     """
     tokens = (image_size // model.config.patch_size) ** 2
-    most = max(1, _CACHED_NUMBERS // (tokens * model.config.embed_dim))
+    most = images_in_cache(2 * tokens, model.config.embed_dim)  # twice: the gradient needs as much again
     return next(parts for parts in range(1, batch_size + 1) if batch_size % parts == 0 and batch_size // parts <= most)
 
 

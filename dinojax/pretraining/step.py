@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Key, PyTree, UInt8
 
+from dinojax.models.chunks import in_chunks
 from dinojax.models.head import DINOHead
 from dinojax.models.vit import VisionTransformer
 from dinojax.pretraining.augment import MultiCropConfig, multi_crop
@@ -41,16 +42,17 @@ class DINO(nnx.Module):
     def features(
         self, crops: Sequence[Crops], *, key: Key[Array, ""] | None = None, remat: bool = False
     ) -> Float[Array, "crops batch dim"]:
-        """The class tokens of groups of crops."""
+        """The class tokens of groups of crops; without a key and `remat`, as `in_chunks` computes them."""
         keys = [None] * len(crops) if key is None else list(jax.random.split(key, len(crops)))
-        return jnp.concatenate(
-            [
-                self.backbone(group.reshape(-1, *group.shape[2:]), key=group_key, remat=remat).cls_token.reshape(
-                    *group.shape[:2], -1
-                )
-                for group, group_key in zip(crops, keys)
-            ]
-        )
+        tokens = []
+        for group, group_key in zip(crops, keys):
+            images = group.reshape(-1, *group.shape[2:])
+            if key is None and not remat:
+                outputs = in_chunks(self.backbone, self.backbone.config, images)
+            else:
+                outputs = self.backbone(images, key=group_key, remat=remat)
+            tokens.append(outputs.cls_token.reshape(*group.shape[:2], -1))
+        return jnp.concatenate(tokens)
 
 
 class TrainState(NamedTuple):

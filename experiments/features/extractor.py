@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dinojax.errors import UserError
+from dinojax.models.chunks import images_in_cache, in_chunks
 from dinojax.models.files import named_parameters
 from dinojax.models.vit import VisionTransformer
 from experiments.data.splits import Split, digest
@@ -212,9 +214,9 @@ def make_forward(
     def forward(state, pixels):
         images = (pixels.astype(jnp.float32) / 255 - mean) / std
         with jax.default_matmul_precision(precision):
-            layers = nnx.merge(graphdef, state).get_intermediate_layers(
-                images.astype(dtype), n=blocks, return_class_token=True
-            )
+            network = nnx.merge(graphdef, state)
+            last_blocks = partial(network.get_intermediate_layers, n=blocks, return_class_token=True)
+            layers = in_chunks(last_blocks, model.config, images.astype(dtype))
         mean_patch = layers[-1][0].astype(jnp.float32).mean(axis=1)
         return jnp.stack([*(cls_token.astype(jnp.float32) for _, cls_token in layers), mean_patch], axis=1)
 
@@ -242,9 +244,8 @@ def load_square(split: Split, index: int, size: int, *, resize: int | None = Non
 
 
 def _images_in_cache(model: VisionTransformer, image_size: int) -> int:
-    """How many images' activations a CPU's cache still holds; measured with ViT-S/14 at 224 px."""
     tokens = (image_size // model.config.patch_size) ** 2 + 1
-    return min(256, max(1, 8 * 257 * 384 // (tokens * model.config.embed_dim)))
+    return min(256, images_in_cache(tokens, model.config.embed_dim))
 
 
 def check_image_size(model: VisionTransformer, image_size: int) -> None:

@@ -70,9 +70,9 @@ class ImageData:
         self._options = {"batch_size": config.batch_size, "threads": config.threads}
         self._normalisation = tuple(tuple(map(float, numbers)) for numbers in task.backbone.normalisation)
         compute_dtype = None if dtype == "float32" else dtype
-        self.logits_of = make_logits(
-            model, lora_alpha=config.lora_alpha, compute_dtype=compute_dtype, remat=config.remat
-        )
+        options = {"lora_alpha": config.lora_alpha, "compute_dtype": compute_dtype}
+        self.logits_of = make_logits(model, remat=config.remat, **options)
+        self._inference = make_logits(model, inference=True, **options)
 
     def training_batches(self, epoch: int) -> Iterator[Batch]:
         """One epoch."""
@@ -120,7 +120,7 @@ class ImageData:
 
     def logits(self, parameters: Any, frozen: Any, images: Array) -> Float[Array, "batch classes"]:
         """Of images as `judged_inputs` gives them."""
-        return self.logits_of(parameters, frozen, plain_views(images, *self._normalisation), None)
+        return self._inference(parameters, frozen, plain_views(images, *self._normalisation))
 
     def _cropped(self, split: Split) -> Split:
         task = self._task

@@ -137,7 +137,6 @@ class Training:
 
         def step(state: FinetuneState, frozen: Any, batch: Batch, epoch: Array) -> tuple[FinetuneState, dict]:
             inputs = self.data.training_inputs(batch, epoch)
-            # Also where nothing is dropped: without a key the model runs as for inference, slow to differentiate.
             drop = jax.random.fold_in(jax.random.fold_in(self.root, 1), state.step)
             return update(state, frozen, inputs, batch.labels, drop)
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dinojax import image_ops as ops
+from dinojax.models.chunks import in_chunks
 from dinojax.pretraining.monitors import rank_me
 from dinojax.probes import knn_predict, stratified_subset
 from experiments.data.splits import Dataset
@@ -33,7 +34,8 @@ def make_embed(graph: nnx.GraphDef, config: PretrainConfig) -> Embed:
         boxes = jnp.tile(jnp.array([0, 0, height, width], jnp.int32), (batch, 1))
         planes = ops.crop_resize(ops.to_planes(images), boxes, size)
         pixels = ops.normalize(planes, config.crops.mean, config.crops.std)
-        return nnx.merge(graph, state)(pixels).cls_token
+        backbone = nnx.merge(graph, state)
+        return in_chunks(backbone, backbone.config, pixels).cls_token
 
     def embed(state: Any, images: Images) -> Float[np.ndarray, "images dim"]:
         batch = min(_BATCH, len(images))

@@ -175,23 +175,3 @@ def test_one_compilation_serves_every_batch_of_one_shape():
     for _ in range(3):
         forward(state, images())
     assert forward._cache_size() == 1
-
-
-@pytest.mark.parametrize("batch", [6, 7])
-def test_chunks_change_nothing(monkeypatch, batch):
-    """Under jit on a CPU large batches pass through in chunks; 7 has no divisor but itself and one."""
-    masks = np.random.default_rng(0).random((batch, 24)) < 0.3
-
-    def everything(vit, x):
-        layers = vit.get_intermediate_layers(x, n=2, reshape=True, return_class_token=True)
-        return vit(x, masks), layers, vit.get_last_selfattention(x)
-
-    with jax.enable_x64(True):
-        vit = jax.tree.map(lambda array: array.astype(jnp.float64), model(V2))
-        x = images(batch=batch).astype(np.float64)
-        whole = everything(vit, x)
-        monkeypatch.setattr(vit, "_CACHED_NUMBERS", 3 * 24 * 24)
-        assert "while" in jax.jit(everything).lower(vit, x).as_text()
-        chunked = jax.jit(everything)(vit, x)
-    for expected, found in zip(jax.tree.leaves(whole), jax.tree.leaves(chunked), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
