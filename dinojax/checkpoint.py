@@ -2,6 +2,11 @@
 
 Each holds the whole state as the arrays `state` (OCDBT, every leaf under its dotted path), and a JSON `manifest` with
 the SHA-256 of every leaf. Finished models are kept by `dinojax.models.files`.
+
+Orbax writes, TensorStore reads, and what is kept is decided here. Orbax 0.12's `CheckpointManager` was tried instead.
+Its preservation policies count a damaged checkpoint among the newest, so that sound ones are removed for it; its errors
+do not say which array is damaged; and its cleaning removes folders that are not ours. The version of Orbax is bounded
+in pyproject.toml because the layout of its files is read here.
 """
 
 import concurrent.futures
@@ -22,6 +27,9 @@ from dinojax.errors import UserError
 
 _STEP = "step_"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's own suffix: it renames a folder when all is in it
+# Before the freeze of the last layer was `optax.conditionally_mask`, these leaves of its state had other names.
+_FROZEN = "opt_state.inner_states.last_layer.inner_state."
+_RENAMED = ((f"{_FROZEN}count", f"{_FROZEN}step"), (f"{_FROZEN}inner.", f"{_FROZEN}inner_state."))
 
 
 class Restored(NamedTuple):
@@ -174,6 +182,8 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
             raise _DamagedError(f"its manifest cannot be read ({type(error).__name__})") from error
         if not written:
             raise _DamagedError("its manifest is not the one that was written")
+        leaves = manifest["leaves"].items()
+        manifest["leaves"] = {_current_name(name): {**leaf, "stored": name} for name, leaf in leaves}
         return manifest
 
     def _raise_unless_fitting(self, manifest: dict[str, Any], like: PyTree) -> None:
@@ -199,7 +209,8 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
         base = {"driver": "file", "path": f"{self._path(manifest['step'])}/state/"}
 
         def verified(name: str) -> np.ndarray:
-            spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+            stored = manifest["leaves"][name]["stored"]
+            spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{stored}/"}}
             try:
                 array = tensorstore.open(spec, context=context, open=True, read=True).result().read().result()
             except Exception as error:
@@ -278,6 +289,10 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
 
 class _DamagedError(Exception):
     """What is wrong with a checkpoint, as the end of a sentence."""
+
+
+def _current_name(name: str) -> str:
+    return next((new + name.removeprefix(old) for old, new in _RENAMED if name.startswith(old)), name)
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class PatchEmbed(nnx.Module):
         patches = images[:, : rows * patch, : columns * patch].astype(kernel.dtype)
         patches = patches.reshape(batch, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(batch * rows * columns, patch * patch * channels)
-        tokens = patches @ kernel.reshape(-1, kernel.shape[-1]) + self.proj.bias[...]
+        tokens = patches @ kernel.reshape(-1, kernel.shape[-1]) + self.proj.bias[...][None]
         return tokens.reshape(batch, rows * columns, -1)
 
 

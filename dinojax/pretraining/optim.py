@@ -4,12 +4,12 @@ Source: facebookresearch/dino 7c446df `utils.clip_gradients`, `utils.get_params_
 `utils.cancel_gradients_last_layer`, and `torch.optim.AdamW`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from dinojax.pretraining.schedules import Schedule
 
@@ -56,7 +56,9 @@ def dino_optimizer(
     return optax.partition(
         {
             "rest": adamw(delay=0),
-            LAST_LAYER: asleep_for(freeze_last_layer_steps, adamw(delay=freeze_last_layer_steps)),
+            LAST_LAYER: optax.conditionally_mask(
+                adamw(delay=freeze_last_layer_steps), lambda step: step >= freeze_last_layer_steps
+            ),
             "frozen": optax.set_to_zero(),
         },
         lambda params: jax.tree_util.tree_map_with_path(group, params),
@@ -78,29 +80,6 @@ def is_decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, param: _names(path)[-1] != "bias" and jnp.ndim(param) > 1, params
     )
-
-
-class AsleepState(NamedTuple):
-    """Steps seen so far, and the state of what sleeps."""
-
-    count: Int[Array, ""]
-    inner: optax.OptState
-
-
-def asleep_for(steps: int, inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, after `steps` steps in which there are no updates and its state does not move."""
-
-    def init(params: Any) -> AsleepState:
-        return AsleepState(jnp.zeros([], jnp.int32), inner.init(params))
-
-    def update(updates: Any, state: AsleepState, params: Any = None) -> tuple[Any, AsleepState]:
-        awake = state.count >= steps
-        moved, moved_state = inner.update(updates, state.inner, params)
-        moved = jax.tree.map(lambda x: jnp.where(awake, x, 0), moved)
-        kept = jax.tree.map(lambda new, old: jnp.where(awake, new, old), moved_state, state.inner)
-        return moved, AsleepState(optax.safe_increment(state.count), kept)
-
-    return optax.GradientTransformation(init, update)
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,23 @@ def test_a_training_that_was_interrupted_goes_on_bit_for_bit(tmp_path):
     assert isinstance(restored.state, TrainState)
     assert isinstance(restored.state.student, nnx.State)
     assert_same(step(step(restored.state)), uninterrupted)
+
+
+class FormerFreeze(NamedTuple):
+    """The state of the frozen last layer as it was called before `optax.conditionally_mask`."""
+
+    count: jax.Array
+    inner: tuple
+
+
+def test_a_checkpoint_from_before_the_freeze_was_optax_s_is_read(tmp_path):
+    init, step = tiny_training()
+    state = step(step(init()))
+    groups = state.opt_state.inner_states
+    former = groups | {"last_layer": groups["last_layer"]._replace(inner_state=FormerFreeze(*groups["last_layer"][0]))}
+    with TrainingCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, state._replace(opt_state=state.opt_state._replace(inner_states=former)), record={})
+        assert_same(checkpoints.restore(jax.eval_shape(init)).state, state)
 
 
 def test_the_state_is_the_one_at_save_whatever_becomes_of_its_buffers(tmp_path):

@@ -25,18 +25,19 @@ def no_clipping(patch):
 def freeze_by_zero_gradient(patch):
     """Decay, moments and step count still run."""
 
-    def asleep_for(steps, inner):
+    def zero_gradients(inner, should_transform):
         def init(params):
-            return optim.AsleepState(jnp.zeros([], jnp.int32), inner.init(params))
+            return jnp.zeros([], jnp.int32), inner.init(params)
 
         def update(updates, state, params=None):
-            updates = jax.tree.map(lambda x: jnp.where(state.count >= steps, x, 0), updates)
-            updates, inner_state = inner.update(updates, state.inner, params)
-            return updates, optim.AsleepState(state.count + 1, inner_state)
+            step, inner_state = state
+            updates = jax.tree.map(lambda x: jnp.where(should_transform(step), x, 0), updates)
+            updates, inner_state = inner.update(updates, inner_state, params)
+            return updates, (step + 1, inner_state)
 
         return optax.GradientTransformation(init, update)
 
-    patch.setattr(optim, "asleep_for", asleep_for)
+    patch.setattr(optax, "conditionally_mask", zero_gradients)
 
 
 def shared_step_count(patch):
@@ -56,7 +57,7 @@ def shared_step_count(patch):
 
 
 def no_freeze(patch):
-    patch.setattr(optim, "asleep_for", lambda steps, inner: inner)
+    patch.setattr(optax, "conditionally_mask", lambda inner, should_transform: inner)
 
 
 def decay_on_everything(patch):
