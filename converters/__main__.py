@@ -20,7 +20,8 @@ from converters.pretrained import (
 )
 from converters.state_dicts import num_heads_beside, read_state_dict
 from converters.torch_to_flax import to_torch
-from dinojax.errors import UserError, exit_on_user_error
+from dinojax.commands import exit_on_user_error
+from dinojax.errors import UserError
 from dinojax.models.files import is_model_folder, load, named_parameters, shipped_folder
 from dinojax.models.variants import VARIANTS
 from dinojax.models.vit import VisionTransformer

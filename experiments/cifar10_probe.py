@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from dinojax.errors import UserError, exit_on_user_error
+from dinojax.commands import exit_on_user_error
+from dinojax.errors import UserError
 from experiments.features.backbones import is_random, load_backbone
 from experiments.runs.settings import require, require_positive
 

@@ -3,24 +3,25 @@
     python -m experiments.demo
 
 It prints the k-NN accuracy of its features on test images before and after, and leaves in runs/demo-dino the networks
-teacher/ and student/, the log, curves.png, and attention.png: what the class token attends to in each head. Take
-runs/demo-dino as weights of the other commands: `python -m experiments.evaluate runs/demo-dino --data digits`.
+teacher/ and student/, the log, curves.png, and attention.png: what the class token attends to in each head. The folder
+serves as weights for the other commands: `python -m experiments.evaluate runs/demo-dino --data digits`.
 """
 
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
-import tyro
-
-from dinojax.errors import exit_on_user_error
+from dinojax.commands import exit_on_user_error
 from dinojax.pretraining.augment import MultiCropConfig
 from experiments.pretraining.config import PretrainConfig
+from experiments.runs.command_line import command_line
 from experiments.runs.host_memory import keep_freed_memory
+from experiments.runs.settings import POSITIVE, create, replace
 
-# In a training of so few steps the teacher must follow within them, and be sharp from the first.
-SETTINGS = PretrainConfig(
+# With so few steps, the teacher must follow quickly and be sharp from the start.
+SETTINGS = create(
+    PretrainConfig,
     data="digits",
     patch_size=4,
     embed_dim=192,
@@ -29,7 +30,7 @@ SETTINGS = PretrainConfig(
     drop_path_rate=0.0,
     prototypes=1024,
     head_hidden_dim=512,
-    # Digits are not digits mirrored, and have no colours.
+    # A mirrored digit is not a digit, and the scans have no colours.
     crops=MultiCropConfig(
         global_size=16,
         local_size=8,
@@ -66,35 +67,49 @@ _SHOWN, _PIXELS = 6, 32
 class Config:
     """DINO on the bundled digits, about a minute on two cores."""
 
-    epochs: int = SETTINGS.epochs
-    """Passes through the 1,438 training images."""
+    epochs: Annotated[int, POSITIVE] = SETTINGS.training.epochs
+    """Number of passes through the 1,438 training images."""
     seed: int = 0
-    """Of the weights, the order of the images and their views."""
+    """Random seed of everything that is drawn."""
     out: Path = Path("runs/demo-dino")
-    """The run folder."""
+    """Folder of the run, which the same command resumes."""
 
 
-def run(config: Config) -> dict[str, float]:
-    """Trains, draws the figure, and returns the test accuracies (fractions) by network.
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What the demo gives.
+
+    Attributes:
+        folder: of the run.
+        test_knn_accuracy: fraction of the test images, for teacher, student and random_init.
+        figure: path of the attention maps.
+    """
+
+    folder: Path
+    test_knn_accuracy: Mapping[str, float]
+    figure: Path
+
+
+def run(config: Config) -> Result:
+    """Trains, and draws the figure.
 
     Raises:
-        UserError: a run folder of other settings, or one that cannot be written.
+        UserError: a run folder with other settings, or one that cannot be written.
     """
     from experiments.pretraining.loop import pretrain
-    from experiments.runs.records import RESULT_FILE
 
-    folder = pretrain(dataclasses.replace(SETTINGS, epochs=config.epochs, seed=config.seed, out=config.out))
-    draw_attention(folder)
-    accuracies = json.loads((folder / RESULT_FILE).read_text())["test_knn_accuracy"]
+    result = pretrain(replace(SETTINGS, **dataclasses.asdict(config)))
+    draw_attention(result.folder)
+    figure, accuracies = result.folder / FIGURE, result.test_knn_accuracy
     print(
         f"\nk-NN on test images: {100 * accuracies['random_init']:.1f} % before, {100 * accuracies['teacher']:.1f} % "
-        f"after learning without labels\nattention of the heads: {folder / FIGURE}"
+        f"after learning without labels\nattention of the heads: {figure}"
     )
-    return accuracies
+    return Result(result.folder, accuracies, figure)
 
 
 def draw_attention(folder: Path) -> None:
-    """What the teacher's heads attend to in a few test images, enlarged."""
+    """Draws what the teacher's heads attend to in a few test images, enlarged."""
     import jax
     import numpy as np
     from PIL import Image
@@ -121,7 +136,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     keep_freed_memory()
     with exit_on_user_error():
-        run(tyro.cli(Config, args=args, description=__doc__))
+        run(command_line(Config, "experiments.demo", __doc__, args))
 
 
 if __name__ == "__main__":

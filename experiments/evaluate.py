@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tyro
 
-from dinojax.errors import exit_on_user_error
+from dinojax.commands import exit_on_user_error
 from experiments.probing.evaluation_config import EvaluationConfig
 
 

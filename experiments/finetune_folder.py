@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from dinojax.errors import exit_on_user_error
+from dinojax.commands import exit_on_user_error
 from experiments.finetuning.config import FinetuneConfig
 from experiments.runs.host_memory import keep_freed_memory
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from dinojax.errors import UserError, exit_on_user_error
+from dinojax.commands import exit_on_user_error
+from dinojax.errors import UserError
 from experiments.data.load import load_dataset
 from experiments.data.splits import Dataset, Split, digest
 from experiments.probing.evaluation import make_fold

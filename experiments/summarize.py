@@ -18,7 +18,8 @@ from typing import Annotated
 
 import tyro
 
-from dinojax.errors import UserError, exit_on_user_error
+from dinojax.commands import exit_on_user_error
+from dinojax.errors import UserError
 from experiments.runs.records import write_whole
 
 

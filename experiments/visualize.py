@@ -24,7 +24,8 @@ import numpy as np
 import tyro
 
 from dinojax import maps
-from dinojax.errors import UserError, exit_on_user_error
+from dinojax.commands import exit_on_user_error
+from dinojax.errors import UserError
 from experiments.features.backbones import is_random, load_backbone
 from experiments.features.patch_maps import Mapper, PatchMaps, Picture
 from experiments.runs.settings import require, require_positive

@@ -203,7 +203,8 @@ def test_a_failed_write_ends_a_command_in_one_sentence(tmp_path):
     code = """
 import contextlib, resource, sys, jax.numpy as jnp
 from dinojax.checkpoint import TrainingCheckpoints
-from dinojax.errors import UserError, exit_on_user_error
+from dinojax.commands import exit_on_user_error
+from dinojax.errors import UserError
 with exit_on_user_error(), TrainingCheckpoints(sys.argv[1]) as checkpoints:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     checkpoints.save(2, {"weight": jnp.ones(6000)}, record={})
