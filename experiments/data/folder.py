@@ -1,11 +1,12 @@
-"""A folder of class folders as training, validation and test images, and a word about each of its faults.
+"""Folders of class folders: one reader for every command, and one table of what their splits are called.
 
-Nothing is decoded before it is asked for. Files are read only to find copies, and only where their sizes are equal.
+No image is decoded. Files are read only to find copies, and only where their sizes are equal.
 """
 
 import dataclasses
 import unicodedata
 from collections import defaultdict
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +15,24 @@ from dinojax.errors import UserError
 from experiments.data.image_copies import find_copies
 from experiments.data.splits import SUFFIXES, Dataset, Split, image_files, limit_images, split_of_files
 
-FOLDERS = {"train": ("train", "training"), "test": ("test", "val", "validation")}
-ROLES = {
+SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-FLAGS = {"train": "--train-split", "validation": "--val-split", "test": "--test-split"}
-_EXPECTED = "images belong in training/<class>/ and validation/<class>/, or in <class>/ with --val-fraction"
+_FLAG_NAMES = {"train": "train", "validation": "val", "test": "test"}  # --max-val, --val-split
+_TRAIN_AND_TEST = "images belong in train/<class>/ and test/<class>/"
+_TRAIN_AND_VALIDATION = "images belong in training/<class>/ and validation/<class>/, or in <class>/ with --val-fraction"
+_MOST_COMPARED = 200_000  # images; opening a million files over a network takes long
 
 Files = dict[str, list[Path]]
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """Labelled images to train on, to choose the best epoch by, and to be judged on once, if there are such.
+    """Images to train on, to choose the best epoch by and, where there are any, to test the result on.
 
-    `notes` are sentences the user should read.
+    `notes` are sentences that the user should read.
     """
 
     name: str
@@ -39,6 +41,33 @@ class ImageFolder:
     validation: Split
     test: Split | None
     notes: tuple[str, ...] = ()
+
+
+def load_folder(root: Path, *, max_train: int | None = None, max_test: int | None = None, seed: int = 0) -> Dataset:
+    """Training and test images from `train/<class>/…` and `test/<class>/…`, or any other of `SPLIT_NAMES`.
+
+    Images may lie at any depth below their class. Without a test folder, the validation images are the test images.
+
+    Args:
+        root: folder.
+        max_train: number of training images to draw, from every class in proportion to its size. None takes all.
+        max_test: number of test images to draw, in the same way.
+        seed: of the draws.
+
+    Raises:
+        UserError: the folder has no training or no test images, an empty class, a class without training images, or
+            one class only.
+    """
+    root = root.expanduser()
+    test = _find_split(root, "test") or _find_split(root, "validation")
+    folders = {"train": _find_split(root, "train"), "test": test}
+    for split, names in (("train", SPLIT_NAMES["train"]), ("test", SPLIT_NAMES["test"] + SPLIT_NAMES["validation"])):
+        if folders[split] is None:
+            raise UserError(f"{_lacking(root, f'folder {_either(names)}')}: {_TRAIN_AND_TEST}")
+    files = {split: _class_files(folder, _TRAIN_AND_TEST) for split, folder in folders.items()}
+    notes = [note for folder in folders.values() for note in _loose_images(folder)]
+    classes, splits, more = _labelled(root, files, {"train": max_train, "test": max_test}, seed, _TRAIN_AND_TEST)
+    return Dataset(root.resolve().name, classes, splits["train"], splits["test"], (*notes, *more))
 
 
 def load_image_folder(
@@ -52,60 +81,70 @@ def load_image_folder(
     max_val: int | None = None,
     seed: int = 0,
 ) -> ImageFolder:
-    """A folder with `training/<class>/…` and `validation/<class>/…`, or with `<class>/…` alone and a fraction.
+    """Training and validation images, and test images where there are any, from one of two layouts.
 
-    Images may lie at any depth below their class. The usual names of the splits are known, in capitals too: train,
-    training; val, valid, validation; test, testing. Without a validation split and a fraction, the test images take
-    its place.
+    The folder holds `training/<class>/…` and `validation/<class>/…` (or other names in `SPLIT_NAMES`), or `<class>/…`
+    alone; then `val_fraction` divides the images. Images may lie at any depth below their class. Without validation
+    images and without a fraction, the test images become the validation images.
 
     Args:
-        root: the folder.
-        val_fraction: share of the training images of each class, at least one, that become the validation split.
-        train_split: name of the folder of training images, if it is none of the usual.
-        val_split: likewise.
-        test_split: likewise.
-        max_train: use this many training images, drawn from every class in proportion to its size.
-        max_val: likewise.
-        seed: of what is drawn.
+        root: folder.
+        val_fraction: share of the training images of each class, at least one, that become the validation images.
+        train_split: name of the folder of training images. None looks for those in `SPLIT_NAMES`.
+        val_split: name of the folder of validation images, as above.
+        test_split: name of the folder of test images, as above.
+        max_train: number of training images to draw, from every class in proportion to its size. None takes all.
+        max_val: number of validation images to draw, in the same way.
+        seed: of the draws.
 
     Raises:
-        UserError: no such folder, another layout, an empty class, a class that is not among the training images, one
-            class only, or a fraction that is missing, not wanted or out of range.
+        UserError: the folder does not exist, has another layout, an empty class, a class without training images, or
+            one class only; or the fraction is missing, superfluous or out of range.
     """
     root = root.expanduser()
-    folders = _split_folders(root, dict(zip(ROLES, (train_split, val_split, test_split))))
-    files = {role: _class_files(folder) for role, folder in folders.items()}
+    folders = _split_folders(root, dict(zip(SPLIT_NAMES, (train_split, val_split, test_split))))
+    files = {split: _class_files(folder, _TRAIN_AND_VALIDATION) for split, folder in folders.items()}
     notes = [note for folder in folders.values() for note in _loose_images(folder)]
     if "validation" not in files or val_fraction is not None:
         notes += _add_validation(root, folders, files, val_fraction, seed)
-    notes += _check_classes(root, files)
-    classes = tuple(files["train"])
-    splits = {role: split_of_files(root, role, found, classes) for role, found in files.items()}
-    splits["train"] = limit_images(splits["train"], max_train, "--max-train", seed)
-    splits["validation"] = limit_images(splits["validation"], max_val, "--max-val", seed)
-    notes += find_copies(root, splits)
+    limits = {"train": max_train, "validation": max_val}
+    classes, splits, more = _labelled(root, files, limits, seed, _TRAIN_AND_VALIDATION)
     name = root.resolve().name
-    return ImageFolder(name, classes, splits["train"], splits["validation"], splits.get("test"), tuple(notes))
+    return ImageFolder(name, classes, splits["train"], splits["validation"], splits.get("test"), (*notes, *more))
+
+
+def _labelled(
+    root: Path, files: dict[str, Files], limits: Mapping[str, int | None], seed: int, expected: str
+) -> tuple[tuple[str, ...], dict[str, Split], list[str]]:
+    """Class names, splits and notes; the classes are those of the training images."""
+    notes = _check_classes(root, files, expected)
+    classes = tuple(files["train"])
+    splits = {split: split_of_files(root, split, found, classes) for split, found in files.items()}
+    for split, limit in limits.items():
+        splits[split] = limit_images(splits[split], limit, f"--max-{_FLAG_NAMES[split]}", seed)
+    images = sum(map(len, splits.values()))
+    if images > _MOST_COMPARED:
+        return classes, splits, [*notes, f"{root.name}: {images:,} images are too many to look for copies among them"]
+    return classes, splits, notes + find_copies(root, splits)
 
 
 def _split_folders(root: Path, named: dict[str, str | None]) -> dict[str, Path]:
-    """Where the images of each role are; in a folder of class folders, those of "train" are the folder itself."""
+    """Split → its folder. In a folder of class folders alone, the training images are in the folder itself."""
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder")
     below = _folders(root)
     if not below:
-        raise UserError(f"{_lacking(root, 'folders')}: {_EXPECTED}")
-    found = {}
-    for role, name in named.items():
+        raise UserError(f"{_lacking(root, 'folders')}: {_TRAIN_AND_VALIDATION}")
+    given, found = {name for name in named.values() if name is not None}, {}
+    for split, name in named.items():
+        flag = f"--{_FLAG_NAMES[split]}-split"
         if name is not None and not (root / name).is_dir():
-            raise UserError(f"{FLAGS[role]} {name}: there is no such folder in {root}, which holds {_listing(root)}")
-        usual = [path for path in below if path.name.lower() in ROLES[role] and path.name not in named.values()]
-        if name is None and len(usual) > 1:
-            both = " and ".join(path.name for path in usual)
-            raise UserError(f"{root} holds {both}, which mean the same; choose one with {FLAGS[role]}")
-        if name is not None or usual:
-            found[role] = root / name if name is not None else usual[0]
-    # "train" is also a vehicle: without class folders, among others that no split is called, it is a class itself.
+            raise UserError(f"{flag} {name}: there is no such folder in {root}, which holds {_listing(root)}")
+        folder = root / name if name is not None else _find_split(root, split, given, f"choose one with {flag}")
+        if folder is not None:
+            found[split] = folder
+    # "train" is also a vehicle: beside other folders, none of which is called like a split, and without class folders
+    # of its own, it is a class.
     vehicle = named["train"] is None and set(found) == {"train"} and len(below) > 1 and not _folders(found["train"])
     if vehicle or not found:
         return {"train": root}
@@ -115,12 +154,22 @@ def _split_folders(root: Path, named: dict[str, str | None]) -> dict[str, Path]:
     return found
 
 
+def _find_split(
+    root: Path, split: str, taken: Collection[str] = (), advice: str = "remove or rename one"
+) -> Path | None:
+    """The folder that has one of the usual names of a split, in capitals too, and is not `taken` for another split."""
+    usual = [path for path in _folders(root) if path.name.lower() in SPLIT_NAMES[split] and path.name not in taken]
+    if len(usual) > 1:
+        raise UserError(f"{root} holds {' and '.join(path.name for path in usual)}, which mean the same; {advice}")
+    return usual[0] if usual else None
+
+
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
 def _lacking(folder: Path, what: str) -> str:
-    return f"{folder} holds no {what} but {_listing(folder)}" if any(folder.iterdir()) else f"{folder} is empty"
+    return f"{folder} holds no {what}, only {_listing(folder)}" if any(folder.iterdir()) else f"{folder} is empty"
 
 
 def _listing(folder: Path) -> str:
@@ -128,8 +177,12 @@ def _listing(folder: Path) -> str:
     return ", ".join([*names[:5], f"{len(names) - 5:,} more"] if len(names) > 5 else names) or "nothing"
 
 
-def _class_files(folder: Path) -> Files:
-    """Image files by class, both in order of their names; names that merely encode an accent differently are one."""
+def _either(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _class_files(folder: Path, expected: str) -> Files:
+    """Image files by class, both sorted by name. Names that differ only in how accents are encoded are one class."""
     found = defaultdict(list)
     for path in _folders(folder):
         images = image_files(path)
@@ -139,21 +192,27 @@ def _class_files(folder: Path) -> Files:
             )
         found[unicodedata.normalize("NFC", path.name)] += images
     if not found:
-        raise UserError(f"{_lacking(folder, 'class folders')}: {_EXPECTED}")
+        raise UserError(f"{_lacking(folder, 'class folders')}: {expected}")
     return dict(sorted(found.items()))
 
 
 def _loose_images(folder: Path) -> list[str]:
-    loose = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    """A note about images beside the class folders."""
+    loose = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
     if not loose:
         return []
-    return [f"{folder}: images beside the class folders are not used: {loose[0]} and {len(loose) - 1:,} more"]
+    more = f" and {len(loose) - 1:,} more" if len(loose) > 1 else ""
+    return [f"{folder}: images beside the class folders are not used: {loose[0]}{more}"]
 
 
 def _add_validation(
     root: Path, folders: dict[str, Path], files: dict[str, Files], fraction: float | None, seed: int
 ) -> list[str]:
-    """Puts `files["validation"]` together from the training images, or from the test images; notes."""
+    """Sets `files["validation"]` to some of the training images, or to the test images; returns notes."""
     if fraction is not None and not 0 < fraction < 1:
         raise UserError(f"--val-fraction {fraction} is not between 0 and 1; take 0.2 for a fifth of the images")
     if "validation" in files:
@@ -177,9 +236,9 @@ def _add_validation(
 
 
 def _divide(files: Files, fraction: float, seed: int) -> tuple[Files, Files]:
-    """Of each class that share, rounded, but at least one image, for the second part, and at least one for the first.
+    """Moves that share of each class, rounded, to the second part; each part gets at least one image.
 
-    A class is divided in the same way whatever the others are.
+    How a class is divided does not depend on the other classes.
     """
     first, second = {}, {}
     for name, found in files.items():
@@ -192,52 +251,23 @@ def _divide(files: Files, fraction: float, seed: int) -> tuple[Files, Files]:
     return first, second
 
 
-def _check_classes(root: Path, files: dict[str, Files]) -> list[str]:
-    notes = []
-    for role in [role for role in files if role != "train"]:
-        unknown = [name for name in files[role] if name not in files["train"]]
-        if unknown:
-            count = sum(len(files[role][name]) for name in unknown)
-            classes = f"class{'es' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown[:5]))}"
-            raise UserError(f"{root}: {count:,} {role} images of {classes}, but no training images; add or remove them")
-        absent = [name for name in files["train"] if name not in files[role]]
-        if absent:
-            notes.append(f"{root.name}: no {role} images of {', '.join(map(repr, absent))}")
-    if len(files["train"]) < 2:
-        raise UserError(f"{root}: one class, {next(iter(files['train']))!r}, leaves nothing to tell apart; {_EXPECTED}")
-    return notes
-
-
-def load_folder(root: Path) -> Dataset:
-    """A folder with `train/<class>/…` and `test/<class>/…` (also `training`, `val`, `validation`), nested at will.
+def _check_classes(root: Path, files: dict[str, Files], expected: str) -> list[str]:
+    """Notes about classes that a split lacks.
 
     Raises:
-        UserError: a split without a folder, classes or images, or a class that is only in the test set.
+        UserError: a class without training images, or one class only.
     """
-    files = {split: _old_class_files(root, split) for split in FOLDERS}
-    classes = tuple(sorted(files["train"]))
-    unknown = sorted(set(files["test"]) - set(classes))
-    if unknown:
-        raise UserError(f"{root}: class {unknown[0]!r} is among the test folders but not among the training folders")
-    absent = sorted(set(classes) - set(files["test"]))
-    notes = (f"{root.name}: no test images of {', '.join(map(repr, absent))}",) if absent else ()
-    train, test = (split_of_files(root, split, files[split], classes) for split in FOLDERS)
-    return Dataset(root.resolve().name, classes, train, test, notes)
-
-
-def _old_class_files(root: Path, split: str) -> dict[str, list[Path]]:
-    """Image files by class, both in order of their names."""
-    names = FOLDERS[split]
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        raise UserError(f"{root} has no folder {' or '.join(names)}: images belong in {names[0]}/<class>/")
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
-    if not classes:
-        raise UserError(f"{folder} holds no class folders: images belong in {names[0]}/<class>/")
-    files = {path.name: image_files(path) for path in classes}
-    empty = [name for name, found in files.items() if not found]
-    if len(empty) == len(files):
-        raise UserError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
-    if empty:
-        raise UserError(f"{folder / empty[0]} holds no images: add some, or remove the empty class")
-    return files
+    notes = []
+    for split in [split for split in files if split != "train"]:
+        unknown = [name for name in files[split] if name not in files["train"]]
+        if unknown:
+            count = sum(len(files[split][name]) for name in unknown)
+            images = f"{count:,} {split} image{'s' if count > 1 else ''}"
+            classes = f"class{'es' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown[:5]))}"
+            raise UserError(f"{root}: {images} of {classes}, but no training images; add or remove them")
+        absent = [name for name in files["train"] if name not in files[split]]
+        if absent:
+            notes.append(f"{root.name}: no {split} images of {', '.join(map(repr, absent))}")
+    if len(files["train"]) < 2:
+        raise UserError(f"{root}: one class, {next(iter(files['train']))!r}, leaves nothing to tell apart; {expected}")
+    return notes

@@ -32,24 +32,22 @@ def load_dataset(
     Raises:
         UserError: everything that keeps the images from being read, within seconds.
     """
+    root = Path(data).expanduser()
     if data == "digits":
         dataset = load_digits()
-    elif Path(data).expanduser().is_dir() or data == "tiny_imagenet":
-        dataset = _load_path(data, data_dir)
-    elif Path(data).name != data or data.startswith((".", "~")):
+    elif data == tiny_imagenet.NAME:
+        dataset = _load_tiny_imagenet(data_dir)
+    elif tiny_imagenet.is_tiny_imagenet(root):
+        dataset = tiny_imagenet.load_tiny_imagenet(root)
+    elif root.is_dir():
+        return load_folder(root, max_train=max_train, max_test=max_test, seed=seed)
+    elif root.name != data or data.startswith((".", "~")):
         raise UserError(f"--data {data}: there is no such folder")
     else:
         dataset = load_tfds(data, data_dir)
     _check_classes(dataset)
     train = limit_images(dataset.train, max_train, "--max-train", seed)
     return dataclasses.replace(dataset, train=train, test=limit_images(dataset.test, max_test, "--max-test", seed))
-
-
-def _load_path(data: str, data_dir: Path | None) -> Dataset:
-    if data == tiny_imagenet.NAME:
-        return _load_tiny_imagenet(data_dir)
-    root = Path(data).expanduser()
-    return tiny_imagenet.load_tiny_imagenet(root) if tiny_imagenet.is_tiny_imagenet(root) else load_folder(root)
 
 
 def _load_tiny_imagenet(data_dir: Path | None) -> Dataset:

@@ -1,6 +1,7 @@
 """Images by name: what is read, and the sentence that the user gets where it cannot be."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -108,11 +109,15 @@ def remove_images(folder, pattern):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "test").rename(f / "testing"), "has no folder test or val or validation"),
-        (lambda f: (f / "train").rename(f / "elsewhere"), "has no folder train or training"),
-        (lambda f: remove_images(f, "train/cat/*"), "train/cat holds no images.*remove the empty class"),
-        (lambda f: remove_images(f, "test/*/*"), r"test holds no images \(\.bmp, "),
-        (lambda f: write(f / "test" / "cow" / "0.png"), "class 'cow' is among the test folders but not"),
+        (
+            lambda f: (f / "test").rename(f / "more"),
+            r"holds no folder test, testing, val, valid or validation, only more, train: images belong",
+        ),
+        (lambda f: (f / "train").rename(f / "more"), "holds no folder train or training, only more, test: images"),
+        (lambda f: (f / "Training").mkdir(), "holds Training and train, which mean the same; remove or rename one"),
+        (lambda f: remove_images(f, "train/cat/*"), r"train/cat holds no images \(\.bmp, .*remove the empty class"),
+        (lambda f: remove_images(f, "test/*/*"), r"test/Yellow dog holds no images \(\.bmp, "),
+        (lambda f: write(f / "test" / "cow" / "0.png"), "1 test image of class 'cow', but no training images"),
         (
             lambda f: [(f / s / "cat").rename(f / f"{s}-cat") for s in ("train", "test")],
             "one class, 'Yellow dog', leaves nothing to tell apart",
@@ -127,8 +132,34 @@ def test_what_is_wrong_with_a_folder_is_said(folder, damage, message):
 
 def test_loose_images_are_no_classes(tmp_path):
     write(tmp_path / "train" / "0.png")
+    write(tmp_path / "test" / "cat" / "0.png")
     with pytest.raises(UserError, match="holds no class folders"):
         load_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["TEST", "testing", "val", "valid", "Validation"])
+def test_test_images_are_found_by_every_usual_name(folder, name):
+    (folder / "test").rename(folder / name)
+    assert load_dataset(str(folder)).test.ids[0] == f"{name}/Yellow dog/0.png"
+
+
+def test_validation_images_are_the_test_images_only_where_there_are_no_others(folder):
+    for name in ("val", "validation"):
+        write(folder / name / "cat" / "0.png")
+    assert load_dataset(str(folder)).test.ids[0] == "test/Yellow dog/0.png"
+    shutil.rmtree(folder / "test")
+    with pytest.raises(UserError, match="holds val and validation, which mean the same; remove or rename one"):
+        load_dataset(str(folder))
+
+
+def test_a_test_image_that_was_trained_on_is_noted(tmp_path):
+    images = {"train/cat/0.png": 1, "test/cat/1.png": 2, "train/dog/seen.png": 7, "test/dog/copy.png": 7}
+    for name, divisor in images.items():
+        write(tmp_path / name, COLOURS // divisor)
+    assert load_dataset(str(tmp_path)).notes == (
+        "1 test image is also among the training images (for example test/dog/copy.png = train/dog/seen.png): "
+        "accuracy on such images is flattering; remove one of each",
+    )
 
 
 def test_a_class_without_test_images_is_noted(folder):

@@ -158,6 +158,7 @@ def test_files_of_one_size_that_differ_anywhere_are_no_copies(folder):
 def test_images_outside_of_a_class_are_noted(folder):
     write(folder, "training/loose.jpg")
     write(folder, "training/loose too.png")
+    write(folder, "training/._hidden.png")
     note = f"{folder}/training: images beside the class folders are not used: loose too.png and 1 more"
     assert load_image_folder(folder).notes == (note,)
 
@@ -172,7 +173,7 @@ def remove(root, pattern):
     [
         (lambda f: f.rename(f.parent / "gone"), {}, "there is no such folder"),
         (lambda f: remove(f, "**/*"), {}, "is empty: images belong in training/<class>/"),
-        (lambda f: [remove(f, "**/*"), write(f, "a.jpg")], {}, r"holds no folders but a\.jpg: images belong in"),
+        (lambda f: [remove(f, "**/*"), write(f, "a.jpg")], {}, r"holds no folders, only a\.jpg: images belong in"),
         (lambda f: (f / "training").rename(f / "images"), {}, "holds validation but no folder train or training"),
         (
             lambda f: [(f / "training").rename(f / "images"), (f / "validation").rename(f / "more")],
@@ -183,11 +184,11 @@ def remove(root, pattern):
         (lambda f: None, {"val_split": "dev"}, "--val-split dev: there is no such folder in .* training, validation"),
         (lambda f: remove(f, "training/*/*"), {}, r"training/cat holds no images \(\.bmp, .*remove the empty class"),
         (lambda f: remove(f, "validation/dog/*"), {}, "validation/dog holds no images"),
-        (lambda f: [remove(f, "training/**/*"), write(f, "training/0.jpg")], {}, r"no class folders but 0\.jpg"),
+        (lambda f: [remove(f, "training/**/*"), write(f, "training/0.jpg")], {}, r"no class folders, only 0\.jpg"),
         (
             lambda f: [remove(f, "training/**/*"), write(f, "training/0.jpg"), fill(f, "more", cat=2)],
             {"val_fraction": 0.2},
-            r"training holds no class folders but 0\.jpg",
+            r"training holds no class folders, only 0\.jpg",
         ),
         (lambda f: fill(f, "validation", cow=3), {}, "3 validation images of class 'cow', but no training images"),
         (lambda f: fill(f, "test", cow=1, emu=2), {}, "3 test images of classes 'cow', 'emu', but no training images"),
