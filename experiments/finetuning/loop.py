@@ -1,7 +1,7 @@
-"""Supervised training on a folder of images: data, steps, the validation after each epoch, checkpoints, and going on.
+"""Supervised training on a folder of images: steps, the validation after each epoch, checkpoints, and resuming.
 
-Each mode has a folder in the run folder: config.json, metrics.jsonl (a line an epoch), checkpoints/, and at the end
-what `finetune_result` writes of the best epoch. A mode that is finished is left as it is.
+Each mode has a folder in the run folder: config.json, metrics.jsonl (one line per epoch), checkpoints/, and at the end
+what `finetuning.result` writes about the best epoch. A finished mode is left as it is.
 """
 
 import dataclasses
@@ -41,98 +41,99 @@ from experiments.data.loader import Batch
 from experiments.data.splits import Split
 from experiments.features.backbones import is_random, load_backbone
 from experiments.features.extractor import check_image_size
-from experiments.finetuning.config import FREE, FinetuneConfig
+from experiments.finetuning.config import FinetuneConfig, FinetuneResult, TrainingSettings
 from experiments.finetuning.data import FeatureData, ImageData, Placement, Task
-from experiments.finetuning.result import Outcome, finish, report
+from experiments.finetuning.result import BestEpoch, finish, report
 from experiments.runs import records
 from experiments.runs.log import RunLog, read_log
 from experiments.runs.measure import measured
+from experiments.runs.settings import resolve_dtype
 
 CHECKPOINTS = "checkpoints"
 
 
-def finetune(config: FinetuneConfig) -> Path:
-    """Trains every mode asked for, or goes on with it; returns the run folder.
+def finetune(config: FinetuneConfig) -> FinetuneResult:
+    """Trains every mode asked for, or resumes it.
 
     Raises:
-        UserError: images, weights or settings that cannot be used, a folder of other settings, or a loss that is not
-            finite.
+        UserError: images, weights or settings that cannot be used, a run folder of other settings, or a loss that is
+            not finite.
     """
     config.check()
-    out = (config.out or Path("runs", "finetune_folder", config.folder.expanduser().resolve().name)).expanduser()
+    out = config.folder
     task = make_task(config)
     _introduce(config, task)
     for mode in config.modes:
         settings, folder = config.of_mode(mode), out / mode
-        records.open_run(folder, settings, free=FREE)
+        records.open_run(folder, settings)
         if (folder / records.METRICS_FILE).is_file():
-            print(f"{mode}: finished before, see {folder}")
+            print(f"{mode} is finished: see {folder}")
             continue
         Training(settings, task, folder).run()
-    report(out)
-    return out
+    return FinetuneResult(out, report(out))
 
 
 def make_task(config: FinetuneConfig) -> Task:
-    """Reads the folder's names, not its images, and the weights."""
+    """Lists the images, without decoding them, and loads the weights."""
+    data = config.dataset
     images = load_image_folder(
-        config.folder,
-        val_fraction=config.val_fraction,
-        train_split=config.train_split,
-        val_split=config.val_split,
-        test_split=config.test_split,
-        max_train=config.max_train,
-        max_val=config.max_val,
-        seed=config.seed,
+        data.folder,
+        val_fraction=data.val_fraction,
+        train_split=data.train_split,
+        val_split=data.val_split,
+        test_split=data.test_split,
+        max_train=data.max_train,
+        max_val=data.max_val,
+        seed=config.run.seed,
     )
-    backbone = load_backbone(config.weights, seed=config.seed, cache_dir=config.cache_dir.expanduser())
-    size = config.image_size or backbone.image_size
+    backbone = load_backbone(config.model.weights, seed=config.run.seed, cache_dir=config.run.cache_dir.expanduser())
+    size = config.model.image_size or backbone.image_size
     check_image_size(backbone.model, size)
-    resize = config.resize or round(size * 8 / 7)
+    resize = config.views.resize or round(size * 8 / 7)
     if resize < size:
         raise UserError(f"--resize {resize} is less than the {size} px that are cut out of it")
     return Task(images, backbone, size, resize)
 
 
 class Training:
-    """One mode: its parameters, its compiled step, and its epochs."""
+    """The training of one mode: its parameters, its compiled step, and its epochs."""
 
     def __init__(self, config: FinetuneConfig, task: Task, folder: Path):
         self.config, self.task, self.folder = config, task, folder
+        training = config.training
         train, depth = task.images.train, task.backbone.model.config.depth
-        self.steps_per_epoch = -(-len(train) // config.batch_size)
-        self.root = jax.random.key(config.seed)
-        backbone = _with_drop_path(task.backbone.model, config.drop_path)
-        self.model = Classifier(backbone, len(task.images.class_names), rngs=nnx.Rngs(config.seed))
+        self.steps_per_epoch = -(-len(train) // training.batch_size)
+        self.root = jax.random.key(config.run.seed)
+        backbone = _with_drop_path(task.backbone.model, training.drop_path)
+        self.model = Classifier(backbone, len(task.images.class_names), rngs=nnx.Rngs(config.run.seed))
         self.trainable, self.frozen = split_parameters(
-            self.model, config.mode, lora_rank=config.lora_rank, key=jax.random.fold_in(self.root, 2)
+            self.model, training.mode, lora_rank=training.lora_rank, key=jax.random.fold_in(self.root, 2)
         )
-        self.place = Placement(config.batch_size)
-        self.schedule = _schedule(config, self.steps_per_epoch)
+        self.place = Placement(training.batch_size)
+        self.schedule = _schedule(training, self.steps_per_epoch)
         self.optimizer = finetune_optimizer(
-            config.mode,
+            training.mode,
             depth,
             learning_rate=self.schedule,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            layer_decay=config.layer_decay,
-            clip_norm=config.clip_norm,
+            weight_decay=training.weight_decay,
+            momentum=training.momentum,
+            layer_decay=training.layer_decay,
+            clip_norm=training.clip_norm,
         )
-        on_cpu = jax.default_backend() == "cpu"
-        self.dtype = ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype
+        self.dtype = resolve_dtype(config.model.dtype)
         self.data = (
             FeatureData(config, task)
-            if config.mode == "linear" and not config.augment
+            if training.mode == "linear" and not config.views.augment
             else ImageData(config, task, self.place, self.model, self.dtype)
         )
         weights = balanced_class_weights(train.labels, len(task.images.class_names))
         update = make_finetune_step(
             self.data.logits_of,
             self.optimizer,
-            class_weights=weights if config.balance == "loss" else None,
-            label_smoothing=config.label_smoothing,
-            ema_decay=config.ema_decay or None,
-            accumulation_steps=config.accumulation_steps or self._parts(on_cpu),
+            class_weights=weights if config.dataset.balance == "loss" else None,
+            label_smoothing=training.label_smoothing,
+            ema_decay=training.ema_decay or None,
+            accumulation_steps=config.compute.accumulation_steps or self._micro_batches(),
         )
 
         def step(state: FinetuneState, frozen: Any, batch: Batch, epoch: Array) -> tuple[FinetuneState, dict]:
@@ -143,19 +144,21 @@ class Training:
         self.step = jax.jit(step, donate_argnums=0)
         self.forward = jax.jit(lambda parameters, frozen, images: self.data.logits(parameters, frozen, images))
 
-    def _parts(self, on_cpu: bool) -> int:
-        if not on_cpu or self.config.mode == "linear":
+    def _micro_batches(self) -> int:
+        """As many as it takes for each to fit the caches of a CPU."""
+        if jax.default_backend() != "cpu" or self.config.training.mode == "linear":
             return 1
-        return cached_parts(self.task.backbone.model, self.config.batch_size, self.task.image_size)
+        return cached_parts(self.task.backbone.model, self.config.training.batch_size, self.task.image_size)
 
     def init(self) -> FinetuneState:
         """The state before the first step."""
-        return init_finetune_state(self.trainable, self.optimizer, ema=bool(self.config.ema_decay))
+        return init_finetune_state(self.trainable, self.optimizer, ema=bool(self.config.training.ema_decay))
 
     def run(self) -> None:
-        """All epochs, from the newest checkpoint on, and the result of the best one."""
+        """Trains all epochs, from the newest checkpoint on, and writes the result of the best one."""
         config, task, total = self.config, self.task, count_parameters((self.trainable, self.frozen))
-        print(f"\n{config.mode}: {count_parameters(self.trainable):,} of {total:,} parameters train", flush=True)
+        trainable = count_parameters(self.trainable)
+        print(f"\n{config.training.mode}: {trainable:,} of {total:,} parameters are trained", flush=True)
         like = jax.eval_shape(self.init)
         with TrainingCheckpoints(self.folder / CHECKPOINTS, keep_newest=1) as checkpoints:
             restored = checkpoints.restore(like)
@@ -163,32 +166,33 @@ class Training:
                 print(f"note: {sentence}")
             state, first = (restored.state, restored.record["epoch"]) if restored else (self.init(), 0)
             if first:
-                print(f"going on after epoch {first} of {config.epochs}", flush=True)
+                print(f"resuming after epoch {first} of {config.training.epochs}", flush=True)
             with measured() as cost:
-                self._epochs(self.place.whole(state), first, checkpoints)
+                self._epochs(self.place.replicate(state), first, checkpoints)
             checkpoints.wait()
             best = checkpoints.restore_best(like)
         state = best.state
         parameters = state.trainable if state.ema is None else state.ema
-        kept = merge_parameters(parameters, self.frozen, lora_alpha=config.lora_alpha)
-        outcome = Outcome(
-            best_epoch=best.record["epoch"],
-            trainable=count_parameters(self.trainable),
+        kept = merge_parameters(parameters, self.frozen, lora_alpha=config.training.lora_alpha)
+        result = BestEpoch(
+            epoch=best.record["epoch"],
+            trainable=trainable,
             parameters=count_parameters(kept),
             peak_mib=_device_peak_mib() or cost.peak_mib,
-            logits={split.name: self.judge(self.place.whole(parameters), split) for split in task.judged},
+            logits={split.name: self.evaluate(self.place.replicate(parameters), split) for split in task.evaluated},
         )
-        finish(self.folder, config, task, nnx.merge(nnx.split(self.model, nnx.Param)[0], kept), outcome, self.dtype)
+        finish(self.folder, config, task, nnx.merge(nnx.split(self.model, nnx.Param)[0], kept), result, self.dtype)
 
-    def judge(self, parameters: Any, split: Split) -> Float[np.ndarray, "images classes"]:
+    def evaluate(self, parameters: Any, split: Split) -> Float[np.ndarray, "images classes"]:
         """The logits of all images of a split."""
-        frozen, parts = self.place.whole(self.frozen), []
-        for inputs, count in self.data.judged_inputs(split):
+        frozen, parts = self.place.replicate(self.frozen), []
+        for inputs, count in self.data.evaluation_inputs(split):
             parts.append(np.asarray(self.forward(parameters, frozen, inputs), np.float32)[:count])
         return np.concatenate(parts)
 
     def _epochs(self, state: FinetuneState, first: int, checkpoints: TrainingCheckpoints) -> None:
-        config, frozen, images = self.config, self.place.whole(self.frozen), len(self.task.images.train)
+        config, images = self.config.training, len(self.task.images.train)
+        frozen = self.place.replicate(self.frozen)
         log_so_far = [record for record in read_log(self.folder) if record["epoch"] <= first]
         scores = [record["score"] for record in log_so_far]
         bar = tqdm(
@@ -197,11 +201,11 @@ class Training:
         with bar, RunLog(self.folder, first * self.steps_per_epoch, tensorboard=False) as log:
             for epoch in range(first, config.epochs):
                 if config.early_stop and len(scores) - 1 - int(np.argmax(scores or [0])) >= config.early_stop:
-                    bar.write(f"no better epoch in {config.early_stop}: stopped after epoch {epoch}")
+                    bar.write(f"stopped after epoch {epoch}: no improvement in {config.early_stop} epochs")
                     return
                 started, sums = time.perf_counter(), []
                 for batch in self.data.training_batches(epoch):
-                    state, metrics = self.step(state, frozen, self.place.split(batch), epoch)
+                    state, metrics = self.step(state, frozen, self.place.shard(batch), epoch)
                     count = int(np.sum(batch.labels >= 0))
                     sums.append((count, metrics))
                     bar.update(count)
@@ -221,28 +225,29 @@ class Training:
         means = {f"train_{n}": float(np.average([float(m[n]) for _, m in sums], weights=counts)) for n in names}
         step = int(state.step)
         if not math.isfinite(means["train_loss"]):
+            config = self.config.training
             raise UserError(
-                f"{self.config.mode}: the loss of epoch {epoch + 1} is {means['train_loss']}; earlier epochs are "
-                f"intact in {self.folder}; start anew in another --out with a lower --learning-rate than "
-                f"{self.config.learning_rate:g}, or with --clip-norm 1"
+                f"{config.mode}: the loss of epoch {epoch + 1} is {means['train_loss']}; earlier epochs are intact in "
+                f"{self.folder}; start again in another --out with a lower --learning-rate "
+                f"than {config.learning_rate:g}, or with --clip-norm 1"
             )
         return {"step": step, "epoch": epoch + 1, **means, "learning_rate": float(self.schedule(step - 1))}
 
     def _validate(self, state: FinetuneState) -> dict[str, float]:
-        """Of the validation images, by the moving average where there is one; a higher score is better."""
+        """Metrics on the validation images, of the moving average where there is one; a higher score is better."""
         labels = self.task.images.validation.labels
-        logits = self.judge(state.trainable if state.ema is None else state.ema, self.task.images.validation)
+        logits = self.evaluate(state.trainable if state.ema is None else state.ema, self.task.images.validation)
         hits = logits.argmax(axis=1) == labels
         numbers = {
             "validation_loss": float(weighted_cross_entropy(jnp.asarray(logits), jnp.asarray(labels))),
             "validation_accuracy": float(hits.mean()),
             "validation_balanced_accuracy": float(np.mean([hits[labels == one].mean() for one in np.unique(labels)])),
         }
-        wanted = numbers[f"validation_{self.config.select}"]
-        return {**numbers, "score": -wanted if self.config.select == "loss" else wanted}
+        wanted = numbers[f"validation_{self.config.training.select}"]
+        return {**numbers, "score": -wanted if self.config.training.select == "loss" else wanted}
 
 
-def _schedule(config: FinetuneConfig, steps_per_epoch: int) -> Schedule:
+def _schedule(config: TrainingSettings, steps_per_epoch: int) -> Schedule:
     total, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
     if config.schedule == "cosine":
         return cosine_schedule(config.learning_rate, 0.0, total, warmup_steps=warmup)
@@ -252,29 +257,30 @@ def _schedule(config: FinetuneConfig, steps_per_epoch: int) -> Schedule:
 
 
 def _with_drop_path(model: VisionTransformer, rate: float) -> VisionTransformer:
-    """The same parameters in a model that drops residual branches."""
+    """A model with the same parameters that drops residual branches."""
     shape = dataclasses.replace(model.config, drop_path_rate=rate)
     return with_parameters(abstract_model(shape), named_parameters(model))
 
 
 def _device_peak_mib() -> float | None:
-    """Of an accelerator's memory; None where the device does not tell, as CPUs."""
+    """Peak memory of an accelerator; None for devices that do not report it, such as CPUs."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats["peak_bytes_in_use"] / 2**20 if "peak_bytes_in_use" in stats else None
 
 
 def _introduce(config: FinetuneConfig, task: Task) -> None:
-    """What will be done, before anything slow; flushed, because logs may be files."""
+    """Says what will be done; flushed, because the output may go to a file."""
     images, devices = task.images, jax.devices()
     for note in images.notes:
         print(f"note: {note}")
-    parts = [f"{len(split):,} {split.name}" for split in (images.train, *task.judged)]
+    parts = [f"{len(split):,} {split.name}" for split in (images.train, *task.evaluated)]
     counts = np.bincount(images.train.labels)
     print(
         f"{images.name}: {', '.join(parts)} images, {len(images.class_names)} classes of {counts.min():,} to "
         f"{counts.max():,} training images\n"
-        f"{config.weights}: {task.image_size} px out of {task.resize}, on {len(devices)} × {devices[0].device_kind}",
+        f"{config.model.weights}: {task.image_size} px cut out of {task.resize} px, on "
+        f"{len(devices)} × {devices[0].device_kind}",
         flush=True,
     )
-    if is_random(config.weights):
-        print("UNTRAINED: these weights are random, the numbers below show what architecture alone gives", flush=True)
+    if is_random(config.model.weights):
+        print("UNTRAINED: these weights are random; the numbers show what the architecture alone gives", flush=True)

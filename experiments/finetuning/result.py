@@ -1,4 +1,4 @@
-"""What a supervised training leaves behind: metrics, predictions, figures, the tuned model; the table of all modes."""
+"""The results of a supervised training: metrics, predictions, figures, the tuned model, and the table of all modes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from experiments.figures.style import BLUE, GREEN, INK, ORANGE, RED, save_figure
 from experiments.finetuning.config import FinetuneConfig
 from experiments.finetuning.data import Task
 from experiments.probing.classifiers import FINETUNED, Classifier, Prediction, save_classifiers
-from experiments.probing.metrics import evaluate, write_predictions
+from experiments.probing.metrics import compute_metrics, write_predictions
 from experiments.runs import records
 from experiments.runs.log import read_log
 
@@ -26,18 +26,18 @@ MODEL, PREDICTIONS, CONFUSION, CURVES = "model", "predictions.csv", "confusion.p
 _COLORS = dict(zip(MODES, (BLUE, ORANGE, GREEN, RED)))
 
 
-class Outcome(NamedTuple):
-    """The best epoch of a training.
+class BestEpoch(NamedTuple):
+    """The epoch of a training that is kept.
 
     Attributes:
-        best_epoch: counted from one.
-        trainable: how many numbers were trained.
-        parameters: how many the classifier has.
-        peak_mib: highest memory of the device; on a CPU, of the process above what it held before.
-        logits: of the judged splits, by name.
+        epoch: its number, from 1.
+        trainable: number of parameters that were trained.
+        parameters: number of parameters of the classifier.
+        peak_mib: peak memory of the device; on a CPU, of the process above what it held before.
+        logits: of the evaluated splits, by name.
     """
 
-    best_epoch: int
+    epoch: int
     trainable: int
     parameters: int
     peak_mib: float | None
@@ -45,47 +45,49 @@ class Outcome(NamedTuple):
 
 
 def finish(
-    folder: Path, config: FinetuneConfig, task: Task, tuned: TunedClassifier, outcome: Outcome, dtype: str
+    folder: Path, config: FinetuneConfig, task: Task, tuned: TunedClassifier, best: BestEpoch, dtype: str
 ) -> None:
-    """Writes everything about one mode; metrics.json comes last and says that all the rest is there."""
+    """Writes everything about one mode; metrics.json comes last, and marks the mode as finished."""
     names, log = task.images.class_names, read_log(folder)
-    predictions = {split.name: _prediction(outcome.logits[split.name]) for split in task.judged}
-    judged = {split.name: _metrics(split.labels, predictions[split.name], names, config.seed) for split in task.judged}
-    write_predictions(folder / PREDICTIONS, [(split, predictions[split.name]) for split in task.judged], names)
-    last = task.judged[-1]  # the test images where there are some
-    title = f"{task.images.name}, {config.mode}: {len(last):,} {last.name} images"
-    save_confusion(folder / CONFUSION, np.array(judged[last.name]["confusion"]), names, title=title)
+    splits, predictions, metrics = task.evaluated, {}, {}
+    for split in splits:
+        predictions[split.name] = _prediction(best.logits[split.name])
+        metrics[split.name] = _metrics(split.labels, predictions[split.name], names, config.run.seed)
+    write_predictions(folder / PREDICTIONS, [(split, predictions[split.name]) for split in splits], names)
+    last = splits[-1]  # the test images where there are some
+    title = f"{task.images.name}, {config.training.mode}: {len(last):,} {last.name} images"
+    save_confusion(folder / CONFUSION, np.array(metrics[last.name]["confusion"]), names, title=title)
     _save_model(folder, config, task, tuned, dtype)
     seconds = [record["seconds"] for record in log]
     document = {
-        "mode": config.mode,
-        "protocol": config.protocol,
+        "mode": config.training.mode,
+        "protocol": config.training.protocol,
         "data": {
             "name": task.images.name,
             "classes": len(names),
-            **{f"{split.name}_images": len(split) for split in (task.images.train, *task.judged)},
-            **{f"{split.name}_fingerprint": split.fingerprint for split in (task.images.train, *task.judged)},
+            **{f"{split.name}_images": len(split) for split in (task.images.train, *splits)},
+            **{f"{split.name}_fingerprint": split.fingerprint for split in (task.images.train, *splits)},
             "notes": task.images.notes,
         },
-        "weights": config.weights,
+        "weights": config.model.weights,
         "image_size": task.image_size,
-        "trainable_parameters": outcome.trainable,
-        "parameters": outcome.parameters,
-        "best_epoch": outcome.best_epoch,
+        "trainable_parameters": best.trainable,
+        "parameters": best.parameters,
+        "best_epoch": best.epoch,
         "epochs": len(log),
-        "selected_by": f"validation {config.select}",
-        **judged,
+        "selected_by": f"validation {config.training.select}",
+        **metrics,
         "bias": None if task.images.test else _BIAS,
         "seconds_an_epoch": {"median": float(np.median(seconds)), "first": seconds[0], "all": float(np.sum(seconds))},
-        "peak_memory_mib": outcome.peak_mib,
+        "peak_memory_mib": best.peak_mib,
         "dtype": dtype,
         "environment": records.environment(),
     }
     records.write_json(folder / records.METRICS_FILE, document)
 
 
-def report(out: Path) -> None:
-    """The table and the curves of every mode that is finished in the run folder; also metrics.json with all of them."""
+def report(out: Path) -> dict[str, dict[str, Any]]:
+    """Writes the table, the curves and metrics.json of every mode that is finished; returns the metrics by mode."""
     finished = {mode: out / mode for mode in MODES if (out / mode / records.METRICS_FILE).is_file()}
     found = {mode: records.read_json(folder / records.METRICS_FILE) for mode, folder in finished.items()}
     _save_curves(out / CURVES, {mode: read_log(folder) for mode, folder in finished.items()}, found)
@@ -98,23 +100,24 @@ def report(out: Path) -> None:
     for folder in finished.values():
         print(f"  {folder}   python -m experiments.predict IMAGES --run {folder}")
     print("\n".join(f"  {out / name}" for name in ("results.md", CURVES, records.METRICS_FILE)))
+    return found
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line a mode, in Markdown: accuracies in per cent, time, memory and parameters."""
+    """A Markdown table with one line per mode: accuracies in per cent, time, memory and parameters."""
     split = "test" if any("test" in one for one in found.values()) else "validation"
-    columns = ("mode", f"{split} accuracy", "95 % interval", "balanced accuracy", "least recall", "best epoch")
-    columns += ("s an epoch", "MiB", "trainable parameters")
+    columns = ("mode", f"{split} accuracy", "95 % interval", "balanced accuracy", "lowest recall", "best epoch")
+    columns += ("s per epoch", "MiB", "trainable parameters")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for mode, one in found.items():
-        judged = one.get(split, one["validation"])
-        low, high = (100 * end for end in judged["interval"]["accuracy"])
-        recalls = {name: recall for name, recall in judged["per_class_accuracy"].items() if recall is not None}
-        least = min(recalls, key=recalls.get)
+        metrics = one.get(split, one["validation"])
+        low, high = (100 * end for end in metrics["interval"]["accuracy"])
+        recalls = {name: recall for name, recall in metrics["per_class_accuracy"].items() if recall is not None}
+        lowest = min(recalls, key=recalls.get)
         memory = one["peak_memory_mib"]
         lines.append(
-            f"| {mode} | {100 * judged['accuracy']:.2f} | {low:.1f} – {high:.1f} | "
-            f"{100 * judged['balanced_accuracy']:.2f} | {100 * recalls[least]:.1f} ({least}) | "
+            f"| {mode} | {100 * metrics['accuracy']:.2f} | {low:.1f} – {high:.1f} | "
+            f"{100 * metrics['balanced_accuracy']:.2f} | {100 * recalls[lowest]:.1f} ({lowest}) | "
             f"{one['best_epoch']} of {one['epochs']} | {one['seconds_an_epoch']['median']:.1f} | "
             f"{'–' if memory is None else f'{memory:.0f}'} | {one['trainable_parameters']:,} |"
         )
@@ -122,8 +125,8 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 _BIAS = (
-    "there is no third split: the best epoch was chosen on the images that it is judged on, which flatters it; a test/ "
-    "folder beside the other two would be judged once, at the end"
+    "there is no third split: the best epoch was chosen on the images that it is evaluated on, which flatters it; a "
+    "folder test/ beside the other two would be evaluated once, at the end"
 )
 
 
@@ -132,21 +135,21 @@ def _prediction(logits: Float[np.ndarray, "images classes"]) -> Prediction:
 
 
 def _metrics(labels: np.ndarray, prediction: Prediction, names: tuple[str, ...], seed: int) -> dict[str, Any]:
-    metrics = evaluate(labels, prediction, names, seed=seed)
+    metrics = compute_metrics(labels, prediction, names, seed=seed)
     recalls = [recall for recall in metrics["per_class_accuracy"].values() if recall is not None]
     return {**metrics, "balanced_accuracy": float(np.mean(recalls))}
 
 
 def _save_model(folder: Path, config: FinetuneConfig, task: Task, tuned: TunedClassifier, dtype: str) -> None:
-    """The backbone, where it changed, and the head as a classifier that `experiments.predict` reads."""
+    """Saves the backbone, if it changed, and the head as a classifier that `experiments.predict` reads."""
     weights = task.backbone.weights
-    if config.mode != "linear":
+    if config.training.mode != "linear":
         mean, std = task.backbone.normalisation
         source = {
-            "method": f"{config.mode} by dinojax from {config.weights}",
+            "method": f"{config.training.mode} by dinojax from {config.model.weights}",
             "data": task.images.name,
             "images": len(task.images.train),
-            "seed": config.seed,
+            "seed": config.run.seed,
             "image_size": task.image_size,
             "mean": mean,
             "std": std,
@@ -156,22 +159,22 @@ def _save_model(folder: Path, config: FinetuneConfig, task: Task, tuned: TunedCl
     head = {"kernel": np.asarray(tuned.head.kernel[...]), "bias": np.asarray(tuned.head.bias[...])}
     settings = {"kind": "linear", "classes": len(task.images.class_names), "blocks": 1, "mean_patch": False}
     description = {
-        "weights": str(path.resolve()) if path.exists() else config.weights,
+        "weights": str(path.resolve()) if path.exists() else config.model.weights,
         "weights_fingerprint": fingerprint(tuned.backbone),
         "normalisation": task.backbone.normalisation,
-        "seed": config.seed,
+        "seed": config.run.seed,
         "image_size": task.image_size,
         "resize": task.resize,
-        "interpolation": config.interpolation,
+        "interpolation": config.views.interpolation,
         "dtype": dtype,
         "class_names": list(task.images.class_names),
-        "protocol": config.protocol,
+        "protocol": config.training.protocol,
     }
     save_classifiers(folder, [Classifier(FINETUNED, head, settings)], description)
 
 
 def _save_curves(path: Path, logs: Mapping[str, list], found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Loss and accuracy of every mode by epoch: training dashed, validation solid, the kept epoch marked."""
+    """Draws loss and accuracy of every mode by epoch: training dashed, validation solid, the kept epoch marked."""
     figure = Figure(figsize=(12.5, 4.4), layout="constrained", facecolor="white")
     for axes, name, factor, label in zip(
         figure.subplots(1, 2), ("loss", "accuracy"), (1, 100), ("cross-entropy (nats)", "accuracy (%)")
@@ -186,8 +189,8 @@ def _save_curves(path: Path, logs: Mapping[str, list], found: Mapping[str, Mappi
         style(axes, "epoch", label)
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.plot([], [], color=INK, lw=1.8, label="validation")
-    axes.plot([], [], color=INK, lw=1.2, ls="--", label="training (while it learns)")
-    axes.plot([], [], color=INK, marker="o", ls="", label="epoch that is kept")
+    axes.plot([], [], color=INK, lw=1.2, ls="--", label="training (during the epoch)")
+    axes.plot([], [], color=INK, marker="o", ls="", label="epoch kept")
     figure.legend(loc="outside right center", frameon=False, fontsize=9, labelcolor=INK)
     data = next(iter(found.values()))["data"]
     title = f"{data['name']}: {data['train_images']:,} training and {data['validation_images']:,} validation images"

@@ -1,4 +1,4 @@
-"""Supervised training's views of images on the device: a random crop, perhaps mirrored, normalised; or all of it."""
+"""The views of images in supervised training, made on the device: a random crop, perhaps mirrored; or all of it."""
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +26,16 @@ def training_views(
     """One randomly cropped, resized and mirrored view of each image, normalised; for use under `jax.jit`.
 
     Args:
-        key: of this epoch (`fold_in(key, epoch)`); a view follows from it and the image's id alone, whatever the batch
+        key: of this epoch (`fold_in(key, epoch)`). A view follows from it and the image's id alone, whatever the batch
             or the device.
         images: RGB.
-        ids: what tells the images apart, `Batch.ids`.
+        ids: of the images, `Batch.ids`.
         size: side of the views in pixels.
         mean: of red, green and blue on a scale of 0 to 1.
-        std: likewise.
-        scale: share of the image's area that a crop covers, least and most.
-        flip_probability: how often a view is mirrored left to right.
-        interpolation: bilinear is torchvision's default, bicubic that of DINOv2's evaluations; both antialiased.
+        std: standard deviation of red, green and blue, on the same scale.
+        scale: smallest and largest share of the image's area that a crop covers.
+        flip_probability: of mirroring a view left to right.
+        interpolation: bilinear, torchvision's default, or bicubic, as in DINOv2's evaluations; both antialiased.
 
     Source: torchvision `RandomResizedCrop`, `RandomHorizontalFlip`, `ToTensor`, `Normalize`, on Pillow images.
     """
@@ -59,5 +59,5 @@ def draw_crops(
 def plain_views(
     images: UInt8[Array | np.ndarray, "batch side side 3"], mean: Triple, std: Triple
 ) -> Float[Array, "batch side side 3"]:
-    """The images as they are, normalised."""
+    """The whole images, normalised."""
     return ops.normalize(ops.to_planes(jnp.asarray(images)), mean, std)

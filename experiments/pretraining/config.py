@@ -1,153 +1,210 @@
-"""The settings of a DINO pretraining run, and the networks, schedules and steps that they stand for."""
+"""The settings of a DINO pretraining run."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tyro
 
 from dinojax.pretraining.augment import MultiCropConfig
-from experiments.runs.settings import require, require_positive
+from experiments.runs.settings import (
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    UNIMPORTANT,
+    DataSettings,
+    Dtype,
+    Flags,
+    RunSettings,
+    check_bounds,
+    require,
+)
 
-# Settings that do not change what is learnt: a run goes on under other values of these.
-FREE = {
-    *("out", "data_dir", "cache_dir", "minutes", "log_every", "checkpoint_minutes", "keep", "evaluate", "tensorboard"),
-    "steps_per_dispatch",
-}
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings(DataSettings):
+    """The training images, and how they are stored; only the k-NN uses labels and test images."""
+
+    image_size: Annotated[int | None, POSITIVE] = None
+    """Side in pixels of the squares that images are stored as: the shorter side is resized, then the centre is cropped.
+    None stores images as they are, which requires that all have the same size."""
+    own_statistics: bool = False
+    """Whether to normalise by the mean and standard deviation of the training images, instead of --crops.mean and
+    --crops.std."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkSettings:
+    """The vision transformer and the projection head."""
+
+    patch_size: Annotated[int, POSITIVE] = 16
+    """Side of a patch in pixels."""
+    embed_dim: Annotated[int, POSITIVE] = 192
+    """Width of the vision transformer (192 is ViT-Tiny)."""
+    depth: Annotated[int, POSITIVE] = 12
+    """Number of transformer blocks."""
+    num_heads: Annotated[int, POSITIVE] = 3
+    """Number of attention heads."""
+    drop_path_rate: Annotated[float, BELOW_ONE] = 0.1
+    """Share of the student's residual branches that are dropped in the last block; it grows linearly from 0 in the
+    first."""
+    prototypes: Annotated[int, POSITIVE] = 65_536
+    """Number of prototypes (K), which is the output width of the head."""
+    head_hidden_dim: Annotated[int, POSITIVE] = 2048
+    """Width of the head's two hidden layers."""
+    bottleneck_dim: Annotated[int, POSITIVE] = 256
+    """Width of the head's bottleneck, whose output is compared with the prototypes."""
+    norm_last_layer: bool = True
+    """Whether to keep the prototypes at length one. Without it, training is faster and less stable."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizationSettings:
+    """How the student is trained."""
+
+    epochs: Annotated[int, POSITIVE] = 100
+    """Number of passes through the training images."""
+    batch_size: Annotated[int, POSITIVE] = 256
+    """Images per step. An incomplete last batch of an epoch is dropped."""
+    learning_rate: Annotated[float, POSITIVE] = 5e-4
+    """Peak learning rate for a batch of 256; it is scaled by batch_size / 256."""
+    min_lr: Annotated[float, NOT_NEGATIVE] = 1e-6
+    """Learning rate at the end of its cosine schedule."""
+    warmup_epochs: int = 10
+    """Epochs of linear warm-up of the learning rate."""
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.04
+    """Weight decay at the start."""
+    weight_decay_end: Annotated[float, NOT_NEGATIVE] = 0.4
+    """Weight decay at the end of its cosine schedule."""
+    clip_norm: Annotated[float, NOT_NEGATIVE] = 3.0
+    """Largest gradient norm of each parameter tensor. 0 turns clipping off."""
+    freeze_last_layer: Annotated[int, NOT_NEGATIVE] = 1
+    """Epochs during which the last layer is frozen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationSettings:
+    """How the teacher follows the student, and how sharp the outputs of both are."""
+
+    teacher_momentum: Annotated[float, PROBABILITY] = 0.996
+    """Momentum of the teacher at the start; DINO's authors advise 0.9995 for a batch of 256."""
+    teacher_momentum_end: Annotated[float, PROBABILITY] = 1.0
+    """Momentum of the teacher at the end of its cosine schedule; the value of --teacher-momentum keeps it constant."""
+    warmup_teacher_temp: Annotated[float, POSITIVE] = 0.04
+    """Teacher temperature at the start."""
+    teacher_temp: Annotated[float, POSITIVE] = 0.04
+    """Teacher temperature after warm-up. Lower it if training collapses."""
+    warmup_teacher_temp_epochs: int = 0
+    """Epochs of linear warm-up of the teacher temperature."""
+    student_temp: Annotated[float, POSITIVE] = 0.1
+    """Student temperature."""
+    center_momentum: Annotated[float, PROBABILITY] = 0.9
+    """Momentum of the center, the running mean that is subtracted from the teacher's outputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeSettings:
+    """Number type, memory and speed."""
+
+    dtype: Dtype = "auto"
+    """Number type of the networks' computation. auto is float32 on a CPU and bfloat16 on a GPU or TPU; weights stay
+    float32."""
+    accumulation_steps: Annotated[int, POSITIVE] = 1
+    """Number of micro-batches per step. More of them need less memory and give the same step."""
+    remat: bool = False
+    """Whether to recompute activations in the backward pass instead of storing them. It saves memory on a GPU and takes
+    a third more time; on a CPU, save memory by --accumulation-steps instead."""
+    prototype_chunk: Annotated[int | None, POSITIVE] = None
+    """Number of prototypes whose logits are computed at once; fewer need less memory. None computes all at once."""
+    steps_per_dispatch: Annotated[int | None, POSITIVE, UNIMPORTANT] = None
+    """Number of steps per call of the compiled program. None takes 1 on a CPU and --log-every on a GPU or TPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MonitoringSettings:
+    """Evaluation, log and checkpoints."""
+
+    knn_every: Annotated[int, NOT_NEGATIVE] = 10
+    """Epochs between two evaluations of the teacher by k-NN and feature rank. 0 turns them off; the k-NN on test images
+    at the end remains."""
+    knn_images: Annotated[int, POSITIVE] = 2_000
+    """Number of training images that vote in the k-NN during training; a quarter as many others are classified."""
+    log_every: Annotated[int, POSITIVE, UNIMPORTANT] = 10
+    """Number of steps averaged into one line of metrics.jsonl."""
+    checkpoint_minutes: Annotated[float, POSITIVE, UNIMPORTANT] = 10.0
+    """Minutes between two checkpoints, which are written at the ends of epochs. A run that stops always writes one."""
+    keep: Annotated[int, POSITIVE, UNIMPORTANT] = 2
+    """Number of newest checkpoints to keep; the one with the best k-NN accuracy is kept too."""
+    minutes: Annotated[float | None, POSITIVE, UNIMPORTANT] = None
+    """Minutes after which the run writes a checkpoint and stops; the same command resumes it. None sets no limit."""
+    evaluate: Annotated[bool, UNIMPORTANT] = True
+    """Whether to evaluate teacher, student and an untrained network by every probe at the end, as
+    `experiments.evaluate` does, into the folder evaluation/ of the run."""
+    tensorboard: Annotated[bool, UNIMPORTANT] = False
+    """Whether to write TensorBoard's files as well (pip install 'dinojax[tensorboard]')."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumableRun(RunSettings):
+    """The seed, and the folders that are written to."""
+
+    out: Annotated[Path | None, UNIMPORTANT] = None
+    """Folder of the run, which the same command resumes. None takes runs/<command>/<recipe>-seed<seed>."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """DINO pretraining; see the top of the command's file."""
+    """DINO pretraining."""
 
-    data: str
-    """"digits" (inside scikit-learn, no download), a TensorFlow Datasets name such as cifar10 or cifar100,
-    tiny_imagenet, or a folder with train/<class>/… and test/<class>/… The labels serve the k-NN alone."""
-    data_dir: Path | None = None
-    """Where TensorFlow Datasets keeps its files and where tiny-imagenet-200 was extracted."""
-    max_train: int | None = None
-    """Learn from only this many training images, drawn from every class in proportion."""
-    max_test: int | None = None
-    """Likewise for the test images of the k-NN."""
-    image_size: int | None = None
-    """Pixels. Images of different sizes are stored as squares of this side: resized, then cut around the centre."""
-    out: Path | None = None
-    """The run folder. Default: runs/<command>/<recipe>-seed<seed>. The same command goes on with what is in it."""
-    seed: int = 0
-    """Of the weights, the order of the images, their views, and drop path."""
-
-    patch_size: int = 16
-    """Side of a patch in pixels."""
-    embed_dim: int = 192
-    """Width of the vision transformer (192 is ViT-Tiny)."""
-    depth: int = 12
-    """Its blocks."""
-    num_heads: int = 3
-    """Its attention heads."""
-    drop_path_rate: float = 0.1
-    """Share of the student's residual branches that are dropped in the last block; linear from 0 in the first."""
-    prototypes: int = 65_536
-    """K, the width of the head's output."""
-    head_hidden_dim: int = 2048
-    """Width of the head's two hidden layers."""
-    bottleneck_dim: int = 256
-    """Width of what the head compares with the prototypes."""
-    norm_last_layer: bool = True
-    """Keep the prototypes' lengths at one; without it training is faster and less stable."""
-
+    dataset: Flags[ImageSettings]
+    model: Flags[NetworkSettings] = NetworkSettings()
     crops: MultiCropConfig = dataclasses.field(default_factory=MultiCropConfig)
-    """The views."""
-    own_statistics: bool = False
-    """Normalise by the training images' own mean and deviation, in place of the views'."""
-
-    epochs: int = 100
-    """Passes through the images."""
-    batch_size: int = 256
-    """Images a step; what is left of an epoch is dropped."""
-    learning_rate: float = 5e-4
-    """Peak, for a batch of 256: it is scaled by batch_size / 256."""
-    min_lr: float = 1e-6
-    """Where the cosine of the learning rate ends."""
-    warmup_epochs: int = 10
-    """In which the learning rate rises linearly from 0."""
-    weight_decay: float = 0.04
-    """At the start."""
-    weight_decay_end: float = 0.4
-    """At the end of its cosine."""
-    clip_norm: float = 3.0
-    """Largest norm of each tensor's gradient; 0 does not clip."""
-    freeze_last_layer: int = 1
-    """Epochs in which the prototypes rest."""
-    teacher_momentum: float = 0.996
-    """Weight of the old teacher at the start; 0.9995 is the authors' advice for a batch of 256."""
-    teacher_momentum_end: float = 1.0
-    """At the end of its cosine; the value of teacher_momentum keeps it constant."""
-    warmup_teacher_temp: float = 0.04
-    """The teacher's temperature at first."""
-    teacher_temp: float = 0.04
-    """And after its linear warm-up; lower it where training collapses."""
-    warmup_teacher_temp_epochs: int = 0
-    """Epochs of that warm-up."""
-    student_temp: float = 0.1
-    """The student's temperature."""
-    center_momentum: float = 0.9
-    """Weight of the old center."""
-
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the networks compute in; auto is float32 on a CPU and bfloat16 elsewhere. Weights stay float32."""
-    accumulation_steps: int = 1
-    """Parts of the batch that follow each other: less memory, the same step."""
-    remat: bool = False
-    """Compute activations again for the gradient in place of keeping them, for a third more time. On a GPU it saves
-    memory; XLA:CPU keeps them all the same, and accumulation_steps saves it there."""
-    prototype_chunk: int | None = None
-    """Form the logits so many prototypes at a time: less memory."""
-    steps_per_dispatch: int | None = None
-    """Steps in one call of the compiled program. Default: 1 on a CPU, log_every elsewhere."""
-
-    knn_every: int = 10
-    """Epochs between two k-NN accuracies and feature ranks; 0 for none before the end."""
-    knn_images: int = 2_000
-    """Training images that vote in these; a quarter as many others are classified."""
-    log_every: int = 10
-    """Steps that one line of metrics.jsonl is the mean of."""
-    checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints, at the ends of epochs; there is always one when a run stops."""
-    keep: int = 2
-    """Newest checkpoints that are kept; the one of the best k-NN is kept as well."""
-    minutes: float | None = None
-    """Stop after so long, with a checkpoint; the same command goes on."""
-    evaluate: bool = True
-    """In the end, judge teacher, student and the untrained network by every probe, as `experiments.evaluate` does, in
-    the folder evaluation/ of the run."""
-    cache_dir: Path = Path("~/.cache/dinojax")
-    """Where the features of that evaluation are kept."""
-    tensorboard: bool = False
-    """Also write TensorBoard's files (pip install 'dinojax[tensorboard]')."""
+    training: Flags[OptimizationSettings] = OptimizationSettings()
+    distillation: Flags[DistillationSettings] = DistillationSettings()
+    compute: Flags[ComputeSettings] = ComputeSettings()
+    monitoring: Flags[MonitoringSettings] = MonitoringSettings()
+    run: Flags[ResumableRun] = ResumableRun()
     recipe: tyro.conf.Suppress[str] = ""
     command: tyro.conf.Suppress[str] = "dino"
 
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        default = Path("runs", self.command, f"{self.recipe}-seed{self.run.seed}")
+        return (self.run.out or default).expanduser()
+
     def check(self) -> None:
         """Raises a `UserError` for settings that make no run."""
-        positive = (
-            *("max_train", "max_test", "image_size", "patch_size", "embed_dim", "depth", "num_heads", "prototypes"),
-            *("head_hidden_dim", "bottleneck_dim", "epochs", "batch_size", "learning_rate", "warmup_teacher_temp"),
-            *("teacher_temp", "student_temp", "accumulation_steps", "prototype_chunk", "steps_per_dispatch"),
-            *("knn_images", "log_every", "checkpoint_minutes", "keep", "minutes"),
-        )
-        require_positive(self, positive)
-        for name in ("min_lr", "weight_decay", "weight_decay_end", "clip_norm", "freeze_last_layer", "knn_every"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("teacher_momentum", "teacher_momentum_end", "center_momentum"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
-        require(0 <= self.drop_path_rate < 1, "drop_path_rate", self.drop_path_rate, "0 or more and below 1")
-        for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-            require(0 <= getattr(self, name) <= self.epochs, name, getattr(self, name), f"0 to {self.epochs} epochs")
-        require(self.embed_dim % self.num_heads == 0, "embed_dim", self.embed_dim, f"a multiple of {self.num_heads}")
-        parts, chunk = self.accumulation_steps, self.prototype_chunk
-        require(self.batch_size % parts == 0, "accumulation_steps", parts, f"a divisor of {self.batch_size}")
-        require(not chunk or self.prototypes % chunk == 0, "prototype_chunk", chunk, f"a divisor of {self.prototypes}")
-        sizes = [self.crops.global_size] + [self.crops.local_size] * (self.crops.local_crops > 0)
-        require(min(sizes) >= self.patch_size, "patch_size", self.patch_size, f"at most the crops' {min(sizes)} px")
-        crops = self.crops.global_crops + self.crops.local_crops
-        require(crops > 1, "crops.global_crops", self.crops.global_crops, "2 where there are no local crops")
+        check_bounds(self)
+        model, crops, epochs, batch_size = self.model, self.crops, self.training.epochs, self.training.batch_size
+        warmups = {
+            "warmup_epochs": self.training.warmup_epochs,
+            "warmup_teacher_temp_epochs": self.distillation.warmup_teacher_temp_epochs,
+        }
+        for name, value in warmups.items():
+            require(0 <= value <= epochs, name, value, f"0 to {epochs} epochs")
+        heads, parts, chunk = model.num_heads, self.compute.accumulation_steps, self.compute.prototype_chunk
+        require(model.embed_dim % heads == 0, "embed_dim", model.embed_dim, f"a multiple of {heads}")
+        require(batch_size % parts == 0, "accumulation_steps", parts, f"a divisor of {batch_size}")
+        whole = not chunk or model.prototypes % chunk == 0
+        require(whole, "prototype_chunk", chunk, f"a divisor of {model.prototypes}")
+        least = min([crops.global_size] + [crops.local_size] * (crops.local_crops > 0))
+        require(least >= model.patch_size, "patch_size", model.patch_size, f"at most the crops' {least} px")
+        several = crops.global_crops + crops.local_crops > 1
+        require(several, "crops.global_crops", crops.global_crops, "2 where there are no local crops")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainResult:
+    """What a pretraining gives.
+
+    Attributes:
+        folder: of the run.
+        test_knn_accuracy: fraction of the test images, for teacher, student and random_init; None for a run that
+            stopped before its end.
+    """
+
+    folder: Path
+    test_knn_accuracy: Mapping[str, float] | None

@@ -14,16 +14,16 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def save_training_curves(path: Path, log_records: Records, prototypes: int, *, title: str) -> None:
-    """Six panels by epoch.
+    """Draws six panels by epoch.
 
     Args:
         path: of the PNG.
         log_records: the lines of metrics.jsonl.
-        prototypes: K; log K is what a uniform answer costs.
-        title: one line.
+        prototypes: K; log K is the loss of uniform outputs.
+        title: of the figure, one line.
     """
     steps = [record for record in log_records if "loss" in record]
-    judged = [record for record in log_records if "knn_accuracy" in record]
+    evaluated = [record for record in log_records if "knn_accuracy" in record]
     if not steps:
         return
     figure = Figure(figsize=(13, 6.6), layout="constrained", facecolor="white")
@@ -35,8 +35,8 @@ def save_training_curves(path: Path, log_records: Records, prototypes: int, *, t
     _pair(panels[0, 2], steps, "teacher_momentum", "teacher_temp")
     _pair(panels[1, 0], steps, "gradient_norm", "clipped_share")
     _pair(panels[1, 1], steps, "feature_std", "center_norm")
-    if judged:
-        percent = [{**record, "knn_accuracy": 100 * record["knn_accuracy"]} for record in judged]
+    if evaluated:
+        percent = [{**record, "knn_accuracy": 100 * record["knn_accuracy"]} for record in evaluated]
         _pair(panels[1, 2], percent, "knn_accuracy", "rank_me", marker="o")
         panels[1, 2].set_ylabel("k-NN on training images (%)", color=BLUE)
     else:
@@ -52,7 +52,7 @@ def _lines(axes: Axes, records: Records, colors: Mapping[str, str], unit: str) -
 
 
 def _pair(axes: Axes, records: Records, left: str, right: str, marker: str | None = None) -> None:
-    """Two quantities of different units, each with an axis of its own colour."""
+    """Two quantities of different units, each with an axis in its own colour."""
     epochs = [record["epoch"] for record in records]
     axes.plot(epochs, [record[left] for record in records], color=BLUE, lw=1.4, marker=marker, ms=3)
     style(axes, "epoch", _words(left))

@@ -1,4 +1,4 @@
-"""Images for pretraining: decoded once into one uint8 array, and which of them each step takes."""
+"""The images of a pretraining: decoded once into one uint8 array, and which of them each step uses."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from tqdm.contrib.concurrent import thread_map
 from dinojax.errors import UserError
 from dinojax.pretraining.step import Batches
 from experiments.data.splits import Split
-from experiments.features.extractor import load_square
+from experiments.data.squares import load_square
 
 Images = UInt8[np.ndarray, "_images height width 3"]
 
@@ -21,7 +21,7 @@ def read_images(split: Split, image_size: int | None, *, indices: Int[np.ndarray
 
     Args:
         split: labels are not used.
-        image_size: squares of this side are made of them; None takes them as they are.
+        image_size: side of the squares that they are resized and cropped to; None leaves them as they are.
         indices: in any order.
 
     Raises:
@@ -54,7 +54,7 @@ def own_statistics(images: Images) -> tuple[tuple[float, float, float], tuple[fl
 
 
 class Window(NamedTuple):
-    """Steps `start` to `stop` of the whole run, all of one epoch: what one line of the log is about."""
+    """Steps `start` to `stop` of the whole run, all of one epoch; each makes one line of the log."""
 
     epoch: int
     start: int
@@ -63,7 +63,7 @@ class Window(NamedTuple):
 
 
 def windows(start: int, epochs: int, steps_per_epoch: int, size: int) -> Iterator[Window]:
-    """The run from step `start` on, in windows of at most `size` steps, which begin anew with each epoch."""
+    """The run from step `start` on, in windows of at most `size` steps; every epoch begins a new window."""
     for epoch in range(start // steps_per_epoch, epochs):
         first, last = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
         for at in range(first, last, size):
@@ -72,8 +72,8 @@ def windows(start: int, epochs: int, steps_per_epoch: int, size: int) -> Iterato
                 yield Window(epoch, max(at, start), stop, stop == last)
 
 
-class Order:
-    """In which order images come: a new permutation in each epoch, which follows from the seed and the epoch alone."""
+class EpochSampler:
+    """The images of each step: a permutation per epoch, which follows from the seed and the epoch alone."""
 
     def __init__(self, images: int, batch_size: int, seed: int):
         self.steps_per_epoch = images // batch_size
@@ -81,7 +81,7 @@ class Order:
         self._epoch, self._rows = -1, np.empty(0)
 
     def batches(self, window: Window, size: int) -> Iterator[tuple[Batches, int]]:
-        """The steps of a window in groups of `size`, and how many of each group count; a last one is filled up."""
+        """The steps of a window in groups of `size`, with the number of steps that count; the last group is padded."""
         if window.epoch != self._epoch:
             permutation = np.random.default_rng((self._seed, window.epoch)).permutation(self._images)
             used = permutation[: self.steps_per_epoch * self._batch_size].astype(np.int32)

@@ -1,4 +1,4 @@
-"""How good the teacher's features are while it learns: k-NN on training images set apart for it, and their rank."""
+"""Evaluation of a network's features in training: k-NN among training images, and rank."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from dinojax.pretraining.monitors import rank_me
 from dinojax.probes import knn_predict, stratified_subset
 from experiments.data.splits import Dataset
 from experiments.pretraining.config import PretrainConfig
-from experiments.pretraining.data import Images, read_images
+from experiments.pretraining.data import Images
 
 K = 20
 _BATCH = 256
@@ -50,7 +50,7 @@ def make_embed(graph: nnx.GraphDef, config: PretrainConfig) -> Embed:
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """Some training images that vote and others that are classified by them; no test image is among them."""
+    """Training images that vote, and others that they classify; no test image is among them."""
 
     voters: Images
     voter_labels: Int[np.ndarray, " voters"]
@@ -68,23 +68,11 @@ class Subset:
         queries = np.random.default_rng(0).permutation(rest)[: max(count // 4, classes)]
         return cls(images[voters], labels[voters], images[queries], labels[queries], classes)
 
-    def judge(self, embed: Embed, backbone: Any) -> dict[str, float]:
+    def evaluate(self, embed: Embed, backbone: Any) -> dict[str, float]:
         """k-NN accuracy (a fraction) and RankMe of the queries' features."""
         voters, queries = embed(backbone, self.voters), embed(backbone, self.queries)
         accuracy = knn_accuracy(voters, self.voter_labels, queries, self.query_labels, self.classes)
         return {"knn_accuracy": accuracy, "rank_me": float(rank_me(jnp.asarray(queries)))}
-
-
-def final_accuracies(
-    embed: Embed, backbones: dict[str, Any], dataset: Dataset, images: Images, config: PretrainConfig
-) -> dict[str, float]:
-    """k-NN accuracy on the test images, all training images voting, of several backbones by name."""
-    test = read_images(dataset.test, config.image_size)
-    labels, classes = (dataset.train.labels, dataset.test.labels), len(dataset.class_names)
-    return {
-        name: knn_accuracy(embed(state, images), labels[0], embed(state, test), labels[1], classes)
-        for name, state in backbones.items()
-    }
 
 
 def knn_accuracy(

@@ -1,33 +1,34 @@
-"""The named recipes of DINO pretraining, for any data set; the commands say which images at which sizes."""
+"""The named recipes of DINO pretraining, for any data set."""
 
 import dataclasses
+from typing import Literal
 
 from dinojax.pretraining.augment import MultiCropConfig
 from experiments.pretraining.config import PretrainConfig
+from experiments.runs.settings import create, replace
 
-Scale = tuple[float, float]
+# Shares of the image that global and local crops cover, by the size of the images.
+_SCALES = {32: ((0.7, 1.0), (0.2, 0.5)), 64: ((0.5, 1.0), (0.2, 0.4))}
 
 
-def recipes(
-    command: str, data: str, *, image_size: int, patch_size: int, scales: tuple[Scale, Scale]
-) -> dict[str, PretrainConfig]:
-    """small, seed, notebook, smoke and cpu, by name; the first is the command's default.
+def recipes(command: str, data: str, image_size: Literal[32, 64]) -> dict[str, PretrainConfig]:
+    """The recipes small, reported, notebook, smoke and cpu, by name.
 
     Args:
-        command: the command's name.
-        data: what it learns from unless --data says otherwise.
-        image_size: side of the global crops in pixels, but of `seed` and `notebook`; local crops have half of it.
-        patch_size: likewise, of their patches.
-        scales: likewise, the shares of the image that their global and local crops cover.
+        command: the command's name, which names the run folder.
+        data: the data set, unless --data names another one.
+        image_size: side in pixels of the global crops of small, smoke and cpu.
     """
-    # Gani et al. (arXiv 2210.07240) on ViT-Tiny: small patches, few prototypes, their own mean and deviation.
-    small = PretrainConfig(
+    global_scale, local_scale = _SCALES[image_size]
+    # Gani et al. (arXiv 2210.07240) on ViT-Tiny: small patches, few prototypes, the images' own mean and deviation.
+    small = create(
+        PretrainConfig,
         data=data,
-        patch_size=patch_size,
+        patch_size=image_size // 8,
         prototypes=1_024,
         norm_last_layer=False,
         crops=MultiCropConfig(
-            global_size=image_size, local_size=image_size // 2, global_scale=scales[0], local_scale=scales[1]
+            global_size=image_size, local_size=image_size // 2, global_scale=global_scale, local_scale=local_scale
         ),
         own_statistics=True,
         epochs=200,
@@ -39,17 +40,17 @@ def recipes(
         command=command,
         recipe="small",
     )
-    # As the notebooks report it: ViT-Tiny/16 at 128 px, 65,536 prototypes, everything scheduled.
-    seed = PretrainConfig(
+    # ViT-Tiny/16 at 128 px, 65,536 prototypes, everything scheduled.
+    reported = create(
+        PretrainConfig,
         data=data,
         crops=MultiCropConfig(global_size=128, local_size=64),
         epochs=300,
         command=command,
-        recipe="seed",
+        recipe="reported",
     )
-    # One notebook's own settings: two local crops, constant momentum and weight decay.
-    notebook = dataclasses.replace(
-        seed,
+    notebook = replace(
+        reported,
         crops=MultiCropConfig(global_size=128, local_size=64, local_crops=2, local_scale=(0.08, 0.4)),
         learning_rate=1e-4,
         weight_decay=1e-6,
@@ -57,13 +58,13 @@ def recipes(
         teacher_momentum_end=0.996,
         recipe="notebook",
     )
-    return {one.recipe: one for one in (small, seed, notebook, *_on_a_cpu(small))}
+    return {one.recipe: one for one in (small, reported, notebook, *_on_a_cpu(small))}
 
 
 def _on_a_cpu(small: PretrainConfig) -> tuple[PretrainConfig, PretrainConfig]:
-    """smoke and cpu, made from `small`."""
+    """The recipes smoke and cpu, made from `small`."""
     # 200 steps: few tokens, the authors' learning rate, a teacher that follows within them.
-    smoke = dataclasses.replace(
+    smoke = replace(
         small,
         max_train=2_000,
         max_test=2_000,
@@ -82,12 +83,12 @@ def _on_a_cpu(small: PretrainConfig) -> tuple[PretrainConfig, PretrainConfig]:
         knn_every=5,
         recipe="smoke",
     )
-    # What two CPU cores learn in an hour or two: small patches, the batch in parts that stay in the cache.
-    cpu = dataclasses.replace(
+    # What two CPU cores learn in an hour or two: small patches, micro-batches that fit the cache.
+    cpu = replace(
         smoke,
         max_train=None,
         max_test=None,
-        patch_size=small.patch_size,
+        patch_size=small.model.patch_size,
         embed_dim=128,
         depth=4,
         num_heads=4,
@@ -103,3 +104,15 @@ def _on_a_cpu(small: PretrainConfig) -> tuple[PretrainConfig, PretrainConfig]:
         recipe="cpu",
     )
     return smoke, cpu
+
+
+def describe(config: PretrainConfig) -> str:
+    """One line about a recipe, for `--help`."""
+    sizes = f"patches of {config.model.patch_size} px in crops of {config.crops.global_size} px"
+    return {
+        "small": f"ViT-Tiny for small images: {sizes}, 1024 prototypes, 200 epochs",
+        "reported": f"ViT-Tiny as reported for these data sets: {sizes}, 65536 prototypes, 300 epochs",
+        "notebook": "As reported, but with two local crops, and constant teacher momentum and weight decay",
+        "smoke": "A check that training works: two blocks, 2,000 images, 200 steps; minutes on two CPU cores",
+        "cpu": f"A small transformer of four blocks: {sizes}, 8 epochs; an hour or two on two CPU cores",
+    }[config.recipe.rstrip("0123456789")]

@@ -12,6 +12,8 @@ from typing import Any
 import docstring_parser
 import tyro
 
+from experiments.runs.settings import REQUIRED
+
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
@@ -79,7 +81,8 @@ def _settings(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.Struc
 def _default(field: dataclasses.Field, parent: Any) -> Any:
     """What the field is in the default of its dataclass, else its own default."""
     if dataclasses.is_dataclass(parent):
-        return getattr(parent, field.name)
+        value = getattr(parent, field.name)
+        return tyro.MISSING if isinstance(value, str) and value == REQUIRED else value
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return tyro.MISSING if field.default is dataclasses.MISSING else field.default

@@ -1,6 +1,5 @@
-"""The run folder: what was asked, what came out, and what it ran on; whole or not there at all."""
+"""The run folder: its settings, its results and what they were computed on; written whole or not at all."""
 
-import dataclasses
 import errno
 import importlib.metadata
 import json
@@ -10,12 +9,13 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dinojax.errors import UserError
+from experiments.runs.settings import flat, unimportant
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.json", "metrics.json", "result.json"
@@ -61,41 +61,46 @@ def run_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def open_run(folder: Path, config: Any, *, free: Set[str]) -> None:
-    """Makes the folder of a run that may be interrupted and gone on with, or checks that the one there is the same run.
+def open_run(folder: Path, config: Any) -> None:
+    """Makes the folder of a run that can be resumed, or checks that the run in it has the same settings.
 
     Args:
         folder: of the run.
-        config: a dataclass; kept in it.
-        free: names of settings that may differ from the kept ones.
+        config: a dataclass of groups, which is kept in the folder; see `experiments.runs.settings`.
 
     Raises:
-        UserError: it is a file, holds something else, or is of other settings.
+        UserError: it is a file, holds something else, or is a run with other settings.
     """
     path = folder / CONFIG_FILE
     if folder.is_file():
         raise UserError(f"--out {folder} is a file; name a folder")
     if path.is_file():
         try:
-            stored = json.loads(path.read_text())
+            stored = with_new_names(json.loads(path.read_text()))
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); remove {folder} or name another --out") from error
-        asked = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        differing = [name for name in asked if name not in free and stored.get(name) != asked[name]]
-        if differing:
-            name = differing[0]
-            raise UserError(
-                f"{folder} is a run with {name} = {stored.get(name)}, not {asked[name]}; give the same settings to go "
-                "on with it, or name another --out"
-            )
+        asked = json.loads(json.dumps(flat(config), default=str))
+        may_differ = unimportant(type(config))
+        for name in asked:
+            if name not in may_differ and stored.get(name) != asked[name]:
+                raise UserError(
+                    f"{folder} is a run with {name} = {stored.get(name)}, not {asked[name]}; give the same settings to "
+                    "resume it, or name another --out"
+                )
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--out {folder} holds other files; name a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, dataclasses.asdict(config))
+        write_json(path, flat(config))
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written ({error.strerror}); name another folder") from error
+
+
+def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored settings, where the recipe or protocol "seed" of version 0.1 is "reported"."""
+    renamed = {name for name in ("recipe", "protocol") if settings.get(name) == "seed"}
+    return {**settings, **dict.fromkeys(renamed, "reported")}
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -19,6 +19,7 @@ T = TypeVar("T")
 Flags = tyro.conf.OmitArgPrefixes
 Dtype = Literal["auto", "float32", "bfloat16"]
 CACHE_DIR = Path("~/.cache/dinojax")
+REQUIRED = "(required)"  # the value of a setting that a recipe leaves to the command line
 
 
 @dataclasses.dataclass(frozen=True)

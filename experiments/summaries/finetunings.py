@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from dinojax.finetune import MODES
-from experiments.finetuning.config import FREE
-from experiments.runs.records import CONFIG_FILE, METRICS_FILE, read_json
+from experiments.finetuning.config import FinetuneConfig
+from experiments.runs.records import CONFIG_FILE, METRICS_FILE, read_json, with_new_names
+from experiments.runs.settings import unimportant
 from experiments.summaries.evaluations import cell, markdown
 
+_NOT_COMPARED = unimportant(FinetuneConfig) | {"seed"}
 _HEADER = ("mode", "judged on", "accuracy", "balanced accuracy", "trainable parameters", "s an epoch")
 _NOTE = (
     "Per cent of the images judged: mean ± standard deviation (number of seeds). Seconds an epoch are the median of a "
@@ -58,7 +60,7 @@ def _read(file: Path) -> Tuned | None:
     if metrics.get("mode") not in MODES:
         return None  # another command's
     config, data = read_json(file.parent / CONFIG_FILE), metrics["data"]
-    settings = {name: value for name, value in config.items() if name not in FREE | {"seed"}}
+    settings = {name: value for name, value in with_new_names(config).items() if name not in _NOT_COMPARED}
     settings |= {name: value for name, value in data.items() if name.endswith("_images")}
     title = f"{data['name']} from {Path(metrics['weights']).name}, {metrics['image_size']} px"
     return Tuned(title, settings, config["seed"], metrics)

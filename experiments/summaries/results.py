@@ -13,11 +13,12 @@ from flax import nnx
 from dinojax.errors import UserError
 from dinojax.models.files import CONFIG_FILE, abstract_model
 from dinojax.models.vit import ViTConfig
-from experiments.pretraining.config import FREE
-from experiments.runs.records import RESULT_FILE, TRACES_OF_TRAINING, read_json
+from experiments.pretraining.config import PretrainConfig
+from experiments.runs.records import RESULT_FILE, TRACES_OF_TRAINING, read_json, with_new_names
+from experiments.runs.settings import unimportant
 
 # Settings that do not change a number beyond what a seed does; the data are told by their names and sizes.
-_FREE_OF_TRAINING = FREE | {"seed", "data", "max_test", "knn_every"}
+_FREE_OF_TRAINING = unimportant(PretrainConfig) | {"seed", "data", "max_test", "knn_every"}
 _FREE_OF_EVALUATION = {"seed", "out", "cache_dir", "data_dir", "data", "weights", "network", "untrained", "classifiers",
                        "batch_size", "figures", "folds"}  # fmt: skip
 
@@ -131,7 +132,7 @@ def _training(folder: Path, result: Mapping[str, Any]) -> Run:
 
 
 def _trained_as(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in _FREE_OF_TRAINING}
+    return {name: value for name, value in with_new_names(config).items() if name not in _FREE_OF_TRAINING}
 
 
 def _shape(architecture: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from experiments.features.backbones import load_backbone
 
 @pytest.mark.slow
 def test_the_demo_trains_draws_and_leaves_weights(tmp_path, capsys):
-    accuracies = run(Config(epochs=2, out=tmp_path / "demo"))
+    accuracies = run(Config(epochs=2, out=tmp_path / "demo")).test_knn_accuracy
     said = capsys.readouterr().out
     assert f"{100 * accuracies['random_init']:.1f} % before, {100 * accuracies['teacher']:.1f} % after" in said
     assert accuracies == json.loads((tmp_path / "demo" / "result.json").read_text())["test_knn_accuracy"]

@@ -1,7 +1,6 @@
-"""A folder of images to a tuned classifier: what is kept is what was judged; resumed equals uninterrupted; mistakes."""
+"""A folder of images to a tuned classifier: what is kept was evaluated; resumed equals uninterrupted; mistakes."""
 
 import csv
-import dataclasses
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from experiments.finetuning import loop as finetune_run
 from experiments.finetuning.config import FinetuneConfig
 from experiments.finetuning.loop import Training, finetune, make_task
 from experiments.runs.log import read_log
+from experiments.runs.settings import create
 
 ROOT = Path(__file__).parents[2]
 TINY = ViTConfig(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
@@ -54,12 +54,12 @@ def place(tmp_path_factory):
 
 def config(place, **changes):
     options = {"weights": str(place / "weights"), "cache_dir": place / "cache", "epochs": 3, "batch_size": 8}
-    return FinetuneConfig(place / "leaves", **{"seed": 1, **options, **changes})
+    return create(FinetuneConfig, **{"folder": place / "leaves", "seed": 1, **options, **changes})
 
 
 @pytest.fixture(scope="module")
 def every_mode(place):
-    return finetune(config(place, mode="all", learning_rate=0.01, out=place / "all"))
+    return finetune(config(place, mode="all", learning_rate=0.01, out=place / "all")).folder
 
 
 def rows(path):
@@ -71,7 +71,7 @@ def without_times(folder):
     return [{k: v for k, v in record.items() if k != "seconds"} for record in read_log(folder)]
 
 
-def test_every_mode_is_judged_as_scikit_learn_judges_its_predictions(every_mode):
+def test_every_mode_is_evaluated_as_scikit_learn_evaluates_its_predictions(every_mode):
     found = json.loads((every_mode / "metrics.json").read_text())
     assert tuple(found) == MODES
     total = sum(x.size for x in load_file(every_mode / "llrd" / "model" / "model.safetensors").values())
@@ -113,7 +113,7 @@ def test_predict_says_of_each_image_what_the_training_said(every_mode, place, tm
             assert float(said[row["id"]]["probability"]) == pytest.approx(float(row["probability"]), abs=1e-5)
 
 
-def test_a_run_gone_on_with_equals_the_uninterrupted_one_bit_for_bit(every_mode, place, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(every_mode, place, tmp_path, monkeypatch):
     validate = Training._validate
 
     def cut_off(training, state):
@@ -142,7 +142,7 @@ def test_a_finished_mode_is_left_alone_and_another_joins_its_table(place, tmp_pa
     written = (out / "linear" / "metrics.json").stat().st_mtime_ns
     finetune(config(place, mode="lora", out=out))
     finetune(config(place, out=out))
-    assert "linear: finished before" in capsys.readouterr().out
+    assert "linear is finished" in capsys.readouterr().out
     assert (out / "linear" / "metrics.json").stat().st_mtime_ns == written
     assert list(json.loads((out / "metrics.json").read_text())) == ["linear", "lora"]
     with pytest.raises(UserError, match=r"is a run with epochs = 3, not 4; give the same settings"):
@@ -150,7 +150,7 @@ def test_a_finished_mode_is_left_alone_and_another_joins_its_table(place, tmp_pa
 
 
 def test_features_and_images_give_the_same_logits(place, tmp_path):
-    """Of one head on a frozen backbone, whichever way they come to it; and its loss is scikit-learn's."""
+    """For one head on a frozen backbone, both ways; and its loss is scikit-learn's."""
     trainings = []
     for augment in (False, True):
         settings = config(place, augment=augment).of_mode("linear")
@@ -160,7 +160,7 @@ def test_features_and_images_give_the_same_logits(place, tmp_path):
     states = [training.init() for training in trainings]
     for state in states:
         state.trainable["head"]["kernel"][...] = kernel
-    one, other = (training.judge(state.trainable, split) for training, state in zip(trainings, states))
+    one, other = (training.evaluate(state.trainable, split) for training, state in zip(trainings, states))
     np.testing.assert_allclose(one, other, atol=2e-5)
     numbers = trainings[0]._validate(states[0])
     chances = np.exp(one - one.max(1, keepdims=True)).astype(np.float64)
@@ -185,12 +185,11 @@ def test_two_devices_train_as_one(place, tmp_path):
         assert ours == pytest.approx(theirs, rel=2e-5)
 
 
-def test_a_test_split_is_judged_once_and_no_bias_is_named(place, tmp_path):
+def test_a_test_split_is_evaluated_once_and_no_bias_is_named(place, tmp_path):
     leaves = tmp_path / "leaves"
     shutil.copytree(place / "leaves", leaves)
     draw(leaves / "test", (2, 2, 2), seed=7)
-    settings = FinetuneConfig(leaves, weights=str(place / "weights"), cache_dir=place / "cache", epochs=1, batch_size=8)
-    out = finetune(dataclasses.replace(settings, out=tmp_path / "run"))
+    out = finetune(config(place, folder=leaves, epochs=1, out=tmp_path / "run")).folder
     one = json.loads((out / "metrics.json").read_text())["linear"]
     assert one["bias"] is None and one["test"]["images"] == 6
     assert "test accuracy" in (out / "results.md").read_text()
@@ -200,20 +199,39 @@ def test_a_test_split_is_judged_once_and_no_bias_is_named(place, tmp_path):
 def test_early_stop_and_class_balance(place, tmp_path):
     """A rate of next to nothing never gets better than its first epoch."""
     still = {"learning_rate": 1e-12, "epochs": 9, "early_stop": 2}
-    out = finetune(config(place, balance="sampling", out=tmp_path / "run", **still))
+    out = finetune(config(place, balance="sampling", out=tmp_path / "run", **still)).folder
     assert [record["epoch"] for record in read_log(out / "linear")] == [1, 2, 3]
     assert json.loads((out / "metrics.json").read_text())["linear"]["best_epoch"] == 1
 
 
-def test_the_seed_protocol_is_the_articles(place):
-    settings = config(place, mode="all", protocol="seed", epochs=20)
-    linear, tuned = settings.of_mode("linear"), settings.of_mode("finetune")
-    assert (linear.learning_rate, linear.schedule, linear.augment) == (5e-4, "step", True)
-    assert (tuned.learning_rate, tuned.schedule, tuned.augment) == (1e-4, "constant", True)
+def test_the_reported_protocol_is_the_articles(place):
+    settings = config(place, mode="all", protocol="reported", epochs=20)
+    modes = [settings.of_mode(mode) for mode in ("linear", "finetune")]
+    linear, tuned = (mode.training for mode in modes)
+    assert (linear.learning_rate, linear.schedule, modes[0].views.augment) == (5e-4, "step", True)
+    assert (tuned.learning_rate, tuned.schedule, modes[1].views.augment) == (1e-4, "constant", True)
     assert {one.select for one in (linear, tuned)} == {"loss"}
-    assert {one.interpolation for one in (linear, tuned)} == {"bilinear"}
+    assert {mode.views.interpolation for mode in modes} == {"bilinear"}
     rate = finetune_run._schedule(linear, steps_per_epoch=3)
     np.testing.assert_allclose([rate(29), rate(30), rate(59)], [5e-4, 5e-5, 5e-5], rtol=1e-6)
+
+
+def test_a_run_folder_of_an_earlier_version_is_known(every_mode, place, tmp_path, capsys):
+    """The protocol `reported` was called `seed`, and config.json was that of one flat dataclass."""
+    out = tmp_path / "run"
+    shutil.copytree(every_mode, out)
+    path = out / "linear" / "config.json"
+    kept = json.loads(path.read_text())
+    assert kept["protocol"] == "recommended" and kept["image_size"] is None and kept["crop_scale"] == [0.08, 1.0]
+    finetune(config(place, learning_rate=0.01, out=out))
+    assert "linear is finished" in capsys.readouterr().out
+    settings = config(place, learning_rate=0.01, protocol="reported", out=out)
+    with pytest.raises(UserError, match="is a run with protocol = recommended, not reported"):
+        finetune(settings)
+    path.write_text(json.dumps(kept | {"augment": True, "interpolation": "bilinear", "select": "loss"}
+                               | {"protocol": "seed"}))  # fmt: skip
+    finetune(settings)
+    assert "linear is finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The pretraining loop: resumed equals uninterrupted bit for bit; how runs stop, what they refuse and what they say."""
 
-import dataclasses
 import json
 import math
 import os
@@ -22,13 +21,15 @@ from safetensors.numpy import load_file
 from dinojax import UserError, load
 from dinojax.checkpoint import TrainingCheckpoints
 from dinojax.pretraining.augment import MultiCropConfig
-from experiments.pretraining import loop
+from experiments import dino_cifar100, dino_tinyimagenet
+from experiments import pretrain as pretrain_command
 from experiments.pretraining.config import PretrainConfig
-from experiments.pretraining.data import Order, own_statistics, windows
+from experiments.pretraining.data import EpochSampler, own_statistics, windows
 from experiments.pretraining.loop import pretrain
 from experiments.pretraining.online import make_embed
 from experiments.pretraining.program import make_networks, make_program
 from experiments.runs.log import RunLog, read_log
+from experiments.runs.settings import create, replace
 
 ROOT = Path(__file__).parents[2]
 EPOCHS, STEPS_PER_EPOCH = 8, 5
@@ -37,16 +38,17 @@ FLAGS = {
     "embed_dim": 16, "depth": 1, "num_heads": 2, "prototypes": 16, "head_hidden_dim": 16, "bottleneck_dim": 8,
     "warmup_epochs": 1, "knn_every": 4, "log_every": 2, "checkpoint_minutes": 1e-6,
 }  # fmt: skip
-TINY = PretrainConfig(crops=MultiCropConfig(global_size=12, local_size=8, local_crops=1), evaluate=False, **FLAGS)
+CROPS = MultiCropConfig(global_size=12, local_size=8, local_crops=1)
+TINY = create(PretrainConfig, crops=CROPS, evaluate=False, recipe="small", **FLAGS)
 
 
 def settings(**changes):
-    return dataclasses.replace(TINY, **changes)
+    return replace(TINY, **changes)
 
 
 def final_state(folder, config=TINY):
     like = jax.eval_shape(make_program(config, STEPS_PER_EPOCH).init)
-    with TrainingCheckpoints(folder / "checkpoints", keep_newest=config.keep) as checkpoints:
+    with TrainingCheckpoints(folder / "checkpoints", keep_newest=config.monitoring.keep) as checkpoints:
         return checkpoints.restore(like)
 
 
@@ -56,16 +58,17 @@ def log_without_times(folder):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    return pretrain(settings(out=tmp_path_factory.mktemp("run") / "whole"))
+    return pretrain(settings(out=tmp_path_factory.mktemp("run") / "whole")).folder
 
 
 def start(folder):
     flags = [word for name, value in FLAGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     crops = ["--crops.global-size", "12", "--crops.local-size", "8", "--crops.local-crops", "1", "--no-evaluate"]
     code = (
-        "import sys; from experiments.pretraining.loop import main; "
-        "from experiments.pretraining.config import PretrainConfig; "
-        "main({'tiny': PretrainConfig(data='digits')}, '', ['tiny', *sys.argv[1:]])"
+        "import sys; from experiments.pretraining.command import run_recipe; "
+        "from experiments.pretraining.config import PretrainConfig; from experiments.runs.settings import create; "
+        "small = {'small': create(PretrainConfig, data='digits', recipe='small')}; "
+        "run_recipe('tiny', small, '', ['small', *sys.argv[1:]])"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, "--out", str(folder), *flags, *crops],
@@ -91,7 +94,7 @@ def test_a_run_stopped_then_killed_equals_the_uninterrupted_one_bit_for_bit(unin
     killed = start(folder)
     wait_for_step(folder, 22, killed)
     killed.kill()
-    assert "going on from step" in killed.communicate()[0]
+    assert "resuming at step" in killed.communicate()[0]
     assert not (folder / "result.json").exists()
 
     pretrain(settings(out=folder))
@@ -108,7 +111,7 @@ def test_a_run_stopped_then_killed_equals_the_uninterrupted_one_bit_for_bit(unin
 
 
 def test_the_evaluation_follows_the_training_and_is_made_up_for(uninterrupted, tmp_path, capsys):
-    """As `experiments.evaluate` would judge the run; what the images do not allow is left out with a sentence."""
+    """As `experiments.evaluate` evaluates the run; what the labels do not allow is left out with a sentence."""
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)  # a run that was interrupted before its evaluation
     config = settings(out=folder, evaluate=True, cache_dir=tmp_path / "cache")
@@ -126,7 +129,7 @@ def test_the_evaluation_follows_the_training_and_is_made_up_for(uninterrupted, t
 @pytest.mark.slow
 def test_however_many_steps_a_dispatch_the_run_is_the_same(uninterrupted, tmp_path):
     """XLA fuses a loop's body differently than one step alone, so to rounding only."""
-    folder = pretrain(settings(out=tmp_path / "run", steps_per_dispatch=2))
+    folder = pretrain(settings(out=tmp_path / "run", steps_per_dispatch=2)).folder
     losses = [[record["loss"] for record in read_log(run) if "loss" in record] for run in (folder, uninterrupted)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -138,7 +141,7 @@ def test_the_run_folder_holds_what_is_promised(uninterrupted):
     assert {"jax", "flax"} <= set(result["environment"]["packages"])
     log = read_log(uninterrupted)
     steps = [record for record in log if "loss" in record]
-    # Windows of two steps begin anew with each epoch of five.
+    # Every epoch of five steps begins a new window of two steps.
     assert [record["step"] for record in steps[:4]] == [2, 4, 5, 7] and steps[-1]["step"] == 40
     assert [record["epoch"] for record in log if "knn_accuracy" in record] == [0, 4, 8]
     assert all(record["kl"] + record["teacher_entropy"] == pytest.approx(record["loss"], rel=1e-5) for record in steps)
@@ -151,14 +154,14 @@ def test_the_run_folder_holds_what_is_promised(uninterrupted):
 
 
 def test_the_logged_loss_is_that_of_the_steps(uninterrupted):
-    """The first window, computed anew from the parts."""
+    """The first window, computed again from its parts."""
     from experiments.data.load import load_dataset
     from experiments.pretraining.data import read_images
 
     images = read_images(load_dataset("digits", max_train=320, max_test=100).train, None)
-    program, order = make_program(TINY, STEPS_PER_EPOCH), Order(len(images), 64, seed=0)
+    program, sampler = make_program(TINY, STEPS_PER_EPOCH), EpochSampler(len(images), 64, seed=0)
     state, losses = program.init(), []
-    for batches, count in order.batches(next(windows(0, EPOCHS, STEPS_PER_EPOCH, 2)), 1):
+    for batches, count in sampler.batches(next(windows(0, EPOCHS, STEPS_PER_EPOCH, 2)), 1):
         state, metrics = program.steps(state, images, batches, count)
         losses.append(float(metrics["loss"][0]))
     logged = next(record for record in read_log(uninterrupted) if "loss" in record)
@@ -195,7 +198,7 @@ def test_collapse_is_named_after_the_warm_up(tmp_path, capfd):
     config = settings(
         out=tmp_path / "run", epochs=3, teacher_temp=1e3, warmup_teacher_temp=1e3, student_temp=1e3, knn_every=0
     )
-    folder = pretrain(config)
+    folder = pretrain(config).folder
     assert re.search(
         r"collapse: the loss 2\.\d+ stays at log\(16\).*lower the teacher temperature", capfd.readouterr().out
     )
@@ -205,7 +208,9 @@ def test_collapse_is_named_after_the_warm_up(tmp_path, capfd):
 
 
 def test_stopping_after_minutes_saves(tmp_path, capsys):
-    folder = pretrain(settings(out=tmp_path / "run", minutes=1e-9))
+    result = pretrain(settings(out=tmp_path / "run", minutes=1e-9))
+    folder = result.folder
+    assert result.test_knn_accuracy is None
     assert "stopped after --minutes at step 2 of 40" in capsys.readouterr().out
     assert final_state(folder).step == 2 and not (folder / "result.json").exists()
     shutil.rmtree(folder / "checkpoints")  # as if it had been killed before the first one
@@ -255,7 +260,7 @@ def test_images_of_several_sizes_need_a_size(of_several_sizes):
 
 @pytest.mark.slow
 def test_images_are_brought_to_one_size(of_several_sizes):
-    folder = pretrain(dataclasses.replace(of_several_sizes, image_size=12, own_statistics=True))
+    folder = pretrain(replace(of_several_sizes, image_size=12, own_statistics=True)).folder
     assert json.loads((folder / "result.json").read_text())["images"] == 8
 
 
@@ -277,13 +282,13 @@ def test_settings_that_make_no_run_are_refused(changes, sentence):
 
 
 def test_each_epoch_takes_each_image_at_most_once_and_order_does_not_depend_on_where_one_starts():
-    order = Order(images=23, batch_size=4, seed=3)
-    assert order.steps_per_epoch == 5
+    sampler = EpochSampler(images=23, batch_size=4, seed=3)
+    assert sampler.steps_per_epoch == 5
 
     def rows(start, size):
         found = []
         for window in windows(start, 3, 5, 2):
-            for batches, count in order.batches(window, size):
+            for batches, count in sampler.batches(window, size):
                 assert set(batches.epochs) == {window.epoch} and len(batches.rows) == size
                 found.extend(batches.rows[:count].tolist())
         return found
@@ -334,19 +339,41 @@ def test_tensorboard_without_its_package_is_named(tmp_path, monkeypatch):
         RunLog(tmp_path, 0, tensorboard=True)
 
 
-@pytest.mark.parametrize("module", ["dino_cifar100", "dino_tinyimagenet"])
+@pytest.mark.parametrize("module", [dino_cifar100, dino_tinyimagenet])
 def test_recipes_are_those_of_the_notes(module):
-    recipes = __import__(f"experiments.{module}", fromlist=["RECIPES"]).RECIPES
-    seed, small, notebook = recipes["seed"], recipes["small"], recipes["notebook"]
-    assert (seed.patch_size, seed.embed_dim, seed.depth, seed.prototypes) == (16, 192, 12, 65_536)
-    assert (seed.crops.global_size, seed.crops.local_crops, notebook.crops.local_crops) == (128, 8, 2)
-    assert notebook.teacher_momentum == notebook.teacher_momentum_end == 0.996
-    assert (notebook.learning_rate, notebook.weight_decay, notebook.epochs) == (1e-4, 1e-6, 300)
-    assert small.crops.local_size * 2 == small.crops.global_size == small.patch_size * 8
-    assert (small.prototypes, small.norm_last_layer, small.warmup_epochs, small.own_statistics) == (
-        1024,
-        False,
-        30,
-        True,
-    )
-    assert loop.TEACHER == "teacher"
+    small, reported, notebook = (module.RECIPES[name] for name in ("small", "reported", "notebook"))
+    model = reported.model
+    assert (model.patch_size, model.embed_dim, model.depth, model.prototypes) == (16, 192, 12, 65_536)
+    assert (reported.crops.global_size, reported.crops.local_crops, notebook.crops.local_crops) == (128, 8, 2)
+    assert notebook.distillation.teacher_momentum == notebook.distillation.teacher_momentum_end == 0.996
+    training = notebook.training
+    assert (training.learning_rate, training.weight_decay, training.epochs) == (1e-4, 1e-6, 300)
+    assert small.crops.local_size * 2 == small.crops.global_size == small.model.patch_size * 8
+    assert (small.model.prototypes, small.model.norm_last_layer, small.training.warmup_epochs) == (1024, False, 30)
+    assert small.dataset.own_statistics
+
+
+def test_the_general_command_has_the_same_recipes_for_any_images(capsys):
+    small32, small64 = pretrain_command.RECIPES["small32"], pretrain_command.RECIPES["small64"]
+    named = {"data": "cifar100", "command": "dino_cifar100", "recipe": "small"}
+    assert replace(small32, **named) == dino_cifar100.RECIPES["small"]
+    named |= {"data": "tiny_imagenet", "command": "dino_tinyimagenet"}
+    assert replace(small64, **named) == dino_tinyimagenet.RECIPES["small"]
+    for recipe, config in pretrain_command.RECIPES.items():
+        assert replace(config, seed=3).folder == Path("runs", "pretrain", f"{recipe}-seed3")
+    with pytest.raises(SystemExit) as stop:
+        pretrain_command.main(["smoke"])
+    assert stop.value.code == 2 and "--data" in capsys.readouterr().err
+
+
+def test_a_run_folder_of_an_earlier_version_is_resumed(uninterrupted, tmp_path, capsys):
+    """Its settings were those of one flat dataclass, and the recipe `reported` was called `seed`."""
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    kept = json.loads((folder / "config.json").read_text())
+    assert kept["prototypes"] == 16 and kept["crops"]["global_size"] == 12  # flat, by the names of the flags
+    (folder / "config.json").write_text(json.dumps(kept | {"recipe": "seed"}))
+    pretrain(settings(out=folder, recipe="reported"))
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is a run with recipe = reported, not small"):
+        pretrain(settings(out=folder))
