@@ -54,7 +54,7 @@ def make_loader(
     Args:
         split: of images of any sizes.
         batch_size: images.
-        prepare: makes an image of the one size that all get, `squash` or `shorter_side_centre_crop`.
+        prepare: makes an image of the one size that all get, `resize_square` or `resize_centre_crop`.
         shuffle_seed: None keeps the order of the split.
         epoch: shuffled anew in each.
         drop_remainder: leave out the images that fill no batch; otherwise the last batch is filled up, see `Batch`.

@@ -14,21 +14,19 @@ Square = UInt8[np.ndarray, "_side _side 3"]
 Resampling = Image.Resampling
 
 
-def squash(image: Pixels, side: int, *, resample: Resampling = Resampling.BILINEAR) -> Square:
-    """Resized to side × side px, whatever its shape was.
+def resize_square(image: Pixels, side: int, *, resample: Resampling = Resampling.BILINEAR) -> Square:
+    """The whole image resized to `side` × `side` px; its aspect is not kept.
 
-    Source: torchvision `Resize((side, side))` of a Pillow image: bilinear unless told otherwise, and antialiased.
+    Source: torchvision `Resize((side, side))` of a Pillow image: bilinear by default, and antialiased.
     """
     return np.asarray(Image.fromarray(image).resize((side, side), resample))
 
 
-def shorter_side_centre_crop(
-    image: Pixels, resize: int, crop: int, *, resample: Resampling = Resampling.BILINEAR
-) -> Square:
-    """Resized so that the shorter side has `resize` px, and the square of `crop` px around the centre of that.
+def resize_centre_crop(image: Pixels, resize: int, crop: int, *, resample: Resampling = Resampling.BILINEAR) -> Square:
+    """The central square of `crop` px after the shorter side was resized to `resize` px.
 
     Raises:
-        ValueError: the square is larger than the shorter side, where torchvision would add black borders.
+        ValueError: the crop is larger than the shorter side, where torchvision would add black borders.
 
     Source: torchvision `Resize(resize)` (`_compute_resized_output_size`: the longer side is truncated) and
     `CenterCrop(crop)` (`functional.center_crop`: offsets are rounded half to even).
@@ -43,26 +41,31 @@ def shorter_side_centre_crop(
     return pixels[top : top + crop, left : left + crop]
 
 
-def centre_cropped(split: Split, resize: int, size: int, *, interpolation: str) -> Split:
-    """The same images resized to a shorter side of `resize` px, the square of `size` px around the centre cut out."""
+def load_square(split: Split, index: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Image `index` of a split as models see it: the shorter side resized to `size` px (bicubic), centre crop."""
+    return resize_centre_crop(split.read(index), size, size, resample=Resampling.BICUBIC)
+
+
+def centre_cropped(split: Split, resize: int, size: int, *, interpolation: str = "bicubic") -> Split:
+    """The same images through `resize_centre_crop`, as a split of its own, whose features are cached on their own."""
     resample = Resampling[interpolation.upper()]
-    recipe = digest(split.fingerprint, f"shorter side {resize} px {interpolation}, centre {size} px, as torchvision")
+    recipe = digest(split.fingerprint, f"shorter side {resize} px {interpolation}, centre {size} px")
 
     def read(index: int) -> Pixels:
-        return shorter_side_centre_crop(split.read(index), resize, size, resample=resample)
+        return resize_centre_crop(split.read(index), resize, size, resample=resample)
 
     return dataclasses.replace(split, read=read, fingerprint=recipe)
 
 
 def reduced(split: Split, root: Path, side: int) -> Split:
-    """The same files, large JPEGs decoded at a half, a quarter or an eighth of their size, never below 2 · `side` px.
+    """The same files, with large JPEGs decoded at a half, a quarter or an eighth of their size: at least 2 · `side` px.
 
-    For images of about `side` px that need not be exact: it takes a seventh of the time at 12 megapixels. The JPEG
-    decoder then averages blocks of pixels before Pillow resizes: a value in three changes by a level, few by more than
-    two; and sides are rounded up, which may shift a crop by a pixel. Comparisons with torchvision need the whole image.
+    This takes a seventh of the time at 12 megapixels. It is for views of about `side` px that need not be exact: the
+    JPEG decoder averages blocks of pixels before Pillow resizes, which changes one value in three by 1 and few by more
+    than 2; and it rounds sides up, which may shift a crop by a pixel. Comparisons with torchvision need whole images.
 
     Args:
-        split: of files, its ids paths inside `root`.
+        split: of files; its ids are paths inside `root`.
         root: folder.
         side: pixels.
 
@@ -71,7 +74,7 @@ def reduced(split: Split, root: Path, side: int) -> Split:
     folder = root.expanduser()
 
     def read(index: int) -> Pixels:
-        # What cannot be read this way is read whole below, or it is said there what is wrong with it.
+        # An image that cannot be read this way is read whole below, where an error names it.
         unreadable = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
         with contextlib.suppress(*unreadable), Image.open(folder / split.ids[index]) as image:
             if image.format == "JPEG":

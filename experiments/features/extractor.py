@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
-from PIL import Image
 from tqdm import tqdm
 
 from dinojax.errors import UserError
@@ -30,7 +29,7 @@ from dinojax.models.chunks import images_in_cache, in_chunks
 from dinojax.models.files import named_parameters
 from dinojax.models.vit import VisionTransformer
 from experiments.data.splits import Split, digest
-from experiments.data.squares import shorter_side_centre_crop
+from experiments.data.squares import load_square
 from experiments.features.backbones import Normalisation
 from experiments.features.cache import ShardCache
 
@@ -221,26 +220,6 @@ def make_forward(
         return jnp.stack([*(cls_token.astype(jnp.float32) for _, cls_token in layers), mean_patch], axis=1)
 
     return lambda pixels: forward(state, pixels)
-
-
-def squared(split: Split, size: int, resize: int) -> Split:
-    """The same images as `load_square` makes them with `resize`, as a split of its own that is cached on its own."""
-    if resize == size:
-        return split
-    recipe = digest(split.fingerprint, f"shorter side {resize} px bicubic, centre {size} px")
-    return Split(split.name, split.ids, split.labels, lambda i: load_square(split, i, size, resize=resize), recipe)
-
-
-def load_square(split: Split, index: int, size: int, *, resize: int | None = None) -> UInt8[np.ndarray, "size size 3"]:
-    """Image `index`, resized (bicubic, antialiased), the square of `size` px around its centre.
-
-    Args:
-        split: of the image.
-        index: in it.
-        size: pixels.
-        resize: pixels of the shorter side before the cut; None is `size`.
-    """
-    return shorter_side_centre_crop(split.read(index), resize or size, size, resample=Image.Resampling.BICUBIC)
 
 
 def _images_in_cache(model: VisionTransformer, image_size: int) -> int:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from tqdm.contrib.concurrent import thread_map
 
 from experiments.data.splits import Split
-from experiments.features.extractor import load_square
+from experiments.data.squares import load_square
 
 
 class RawPixels:

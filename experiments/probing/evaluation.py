@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from dinojax.probes import few_shot, split_heldout
 from experiments.data.splits import Dataset
+from experiments.data.squares import centre_cropped
 from experiments.data.views import augmented
-from experiments.features.extractor import LAST_BLOCKS, MEAN_PATCH, FeatureExtractor, squared
+from experiments.features.extractor import LAST_BLOCKS, MEAN_PATCH, FeatureExtractor
 from experiments.features.raw_pixels import RawPixels
 from experiments.probing.classifiers import Features, Prediction, pick_tokens
 from experiments.probing.evaluation_config import EvaluationConfig
@@ -104,12 +105,13 @@ def extract(
 ) -> tuple[Learning, Test]:
     """All features that the classifiers asked for need, from the cache where they are; empty what they do not."""
     size, train, test = extractor.image_size, dataset.train, dataset.test
-    splits = [squared(split, size, config.resize or size) for split in (train, test)]
+    resize = config.resize or size
+    splits = [split if resize == size else centre_cropped(split, resize, size) for split in (train, test)]
     if "crops" not in config.names:
         plain, plain_test = extractor.extract(splits)
         return Learning(plain, plain[:0], plain[:0]), Test(plain_test, plain[:0])
     heldout = np.unique(np.concatenate([fold.heldout for fold in folds]))
-    framed = [squared(split, size, size + FRAME) for split in (train.subset(heldout), test)]
+    framed = [centre_cropped(split, size + FRAME, size) for split in (train.subset(heldout), test)]
     found = extractor.extract([*splits, augmented(train, 0, size), *framed])
     plain, plain_test, crops, framed_heldout, framed_test = found
     framed_train = np.full_like(crops, np.nan)

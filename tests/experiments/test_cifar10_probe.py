@@ -22,7 +22,7 @@ from experiments.data.load import load_dataset
 from experiments.data.splits import Split
 from experiments.data.views import augmented
 from experiments.features.backbones import load_backbone
-from experiments.features.extractor import load_square
+from experiments.data.squares import load_square
 
 REPOSITORY = Path(__file__).parents[2]
 

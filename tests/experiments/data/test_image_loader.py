@@ -15,7 +15,7 @@ from dinojax import UserError
 from experiments.data.folder import load_image_folder
 from experiments.data.loader import make_loader
 from experiments.data.splits import Split, decode_rgb
-from experiments.data.squares import reduced, shorter_side_centre_crop, squash
+from experiments.data.squares import reduced, resize_centre_crop, resize_square
 from experiments.finetuning.views import draw_crops, plain_views, training_views
 from tests.support import pillow_reference as reference
 
@@ -33,7 +33,7 @@ SPLIT = Split("train", [str(i) for i in range(60)], LABELS, brightness, "")
 
 
 def epoch_of(split=SPLIT, **options):
-    defaults = {"batch_size": 8, "prepare": partial(squash, side=2), "shuffle_seed": 0, "epoch": 0}
+    defaults = {"batch_size": 8, "prepare": partial(resize_square, side=2), "shuffle_seed": 0, "epoch": 0}
     return list(make_loader(split, **{**defaults, "drop_remainder": False, "threads": 2, **options}))
 
 
@@ -109,7 +109,7 @@ def test_an_unreadable_image_is_one_sentence_and_no_thread_remains(tmp_path):
     loader = make_loader(
         split,
         batch_size=4,
-        prepare=partial(squash, side=4),
+        prepare=partial(resize_square, side=4),
         shuffle_seed=None,
         epoch=0,
         drop_remainder=False,
@@ -124,7 +124,7 @@ def test_an_unreadable_image_is_one_sentence_and_no_thread_remains(tmp_path):
 
 def test_threads_end_when_nobody_asks_for_more():
     loader = make_loader(
-        SPLIT, batch_size=4, prepare=partial(squash, side=4), shuffle_seed=0, epoch=0, drop_remainder=False, threads=3
+        SPLIT, batch_size=4, prepare=partial(resize_square, side=4), shuffle_seed=0, epoch=0, drop_remainder=False, threads=3
     )
     next(loader)
     del loader
@@ -149,7 +149,7 @@ def test_images_of_every_mode_and_size_become_squares(tmp_path):
     image.resize((61, 200), Image.Resampling.NEAREST).save(tmp_path / "7.webp", lossless=True)
     files = sorted(tmp_path.iterdir())
     split = Split("train", [f.name for f in files], np.zeros(8, int), lambda i: decode_rgb(files[i], files[i].name), "")
-    (batch,) = epoch_of(split, prepare=partial(squash, side=10), shuffle_seed=None)
+    (batch,) = epoch_of(split, prepare=partial(resize_square, side=10), shuffle_seed=None)
     luma = [[82] * 3, [83] * 3]  # 0.299 red + 0.587 green + 0.114 blue
     expected = np.stack([upright[[0, -1], 0]] * 8).astype(int)
     expected[5], expected[6] = [[51] * 3, [204] * 3], luma
@@ -174,18 +174,18 @@ def test_centre_crops_are_torchvision_s(shape, sizes, resized, offset, resample)
     whole = np.asarray(Image.fromarray(pixels).resize(resized[::-1], resample))
     expected = whole[offset[0] : offset[0] + sizes[1], offset[1] : offset[1] + sizes[1]]
     options = {} if resample == Image.Resampling.BILINEAR else {"resample": resample}
-    np.testing.assert_array_equal(shorter_side_centre_crop(pixels, *sizes, **options), expected)
+    np.testing.assert_array_equal(resize_centre_crop(pixels, *sizes, **options), expected)
 
 
 def test_a_crop_larger_than_the_image_is_a_mistake():
     with pytest.raises(ValueError, match="centre crop of 65 px does not fit a shorter side of 64 px"):
-        shorter_side_centre_crop(np.zeros((9, 9, 3), np.uint8), 64, 65)
+        resize_centre_crop(np.zeros((9, 9, 3), np.uint8), 64, 65)
 
 
-def test_squashing_is_bilinear_and_antialiased():
+def test_resizing_to_a_square_is_bilinear_and_antialiased():
     """A row 0, 0, 0, 100 to half its width: a triangle four pixels wide, cut at the edges, weights 3 3 1 and 1 3 3."""
     row = np.array([0, 0, 0, 100], np.uint8)
-    halved = squash(np.broadcast_to(row[None, :, None], (2, 4, 3)).copy(), 2)
+    halved = resize_square(np.broadcast_to(row[None, :, None], (2, 4, 3)).copy(), 2)
     assert halved[0, :, 0].tolist() == [0, 43]  # 300 / 7
 
 
@@ -203,7 +203,7 @@ def test_large_photographs_may_be_decoded_at_a_part_of_their_size(tmp_path):
     assert small.fingerprint != split.fingerprint
     assert split.read(0).shape == (1120, 800, 3)
     assert small.read(0).shape == (280, 200, 3)  # a quarter: 100 px would be below 2 · 64
-    error = np.abs(squash(small.read(0), 64).astype(int) - squash(split.read(0), 64))
+    error = np.abs(resize_square(small.read(0), 64).astype(int) - resize_square(split.read(0), 64))
     assert error.mean() < 0.5 and error.max() <= 5
     np.testing.assert_array_equal(small.read(1), split.read(1))
     with pytest.raises(UserError, match=r"broken\.jpg is no readable image"):

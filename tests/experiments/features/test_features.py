@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
 
 from dinojax import UserError, VisionTransformer, ViTConfig
 from experiments.data.splits import Split
+from experiments.data.squares import load_square
 from experiments.features import extractor as features_module
-from experiments.features.extractor import FeatureExtractor, load_square, squared
+from experiments.features.extractor import FeatureExtractor
 
 SIZE = 28
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -89,33 +89,6 @@ def test_several_splits_and_any_batch_size_give_the_same(tmp_path):
     for images, features in zip((train, test), together):
         (alone,) = make_extractor(tmp_path / "b", batch_size=64).extract([images.split])
         np.testing.assert_allclose(features, alone, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(40, 71), (71, 40), (13, 29), (28, 28), (8, 8)])
-def test_images_are_resized_and_cut_as_torchvision_does(shape):
-    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    split = Split("train", ["0"], np.zeros(1, int), lambda i: pixels, "one")
-    shorter = min(shape)
-    # torchvision's Resize(28) gives the longer side int(28 * longer / shorter); CenterCrop cuts round((side - 28) / 2).
-    height, width = (28 if side == shorter else int(28 * side / shorter) for side in shape)
-    resized = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
-    top, left = round((height - 28) / 2), round((width - 28) / 2)
-    square = load_square(split, 0, 28)
-    assert square.shape == (28, 28, 3)
-    np.testing.assert_array_equal(square, resized[top : top + 28, left : left + 28])
-
-
-@pytest.mark.parametrize("shape", [(40, 71), (71, 40), (20, 20)])
-def test_squares_are_cut_out_of_larger_images_as_torchvision_does(shape):
-    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    split = Split("train", ["0"], np.zeros(1, int), lambda i: pixels, "one")
-    assert squared(split, 28, 28) is split
-    larger = squared(split, 28, 32)
-    height, width = (32 if side == min(shape) else int(32 * side / min(shape)) for side in shape)
-    resized = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
-    top, left = round((height - 28) / 2), round((width - 28) / 2)
-    np.testing.assert_array_equal(larger.read(0), resized[top : top + 28, left : left + 28])
-    assert len({split.fingerprint, larger.fingerprint, squared(split, 28, 33).fingerprint}) == 3
 
 
 def test_a_second_call_reads_no_image(tmp_path, capsys):
