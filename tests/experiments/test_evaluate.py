@@ -227,11 +227,11 @@ def test_an_interrupted_evaluation_leaves_nothing_and_goes_on_from_the_cache(run
 
 @pytest.mark.slow
 def test_a_real_training_is_judged_as_it_judged_itself_and_summarised(tmp_path, capsys):
+    crops = MultiCropConfig(global_size=8, local_size=4, local_crops=1)
     training = create(
-        PretrainConfig, data="digits", max_train=320, max_test=100, batch_size=64, epochs=1, patch_size=4, embed_dim=16, depth=1,
-        num_heads=2, prototypes=16, head_hidden_dim=16, bottleneck_dim=8, warmup_epochs=0, knn_every=0,
-        own_statistics=True, crops=MultiCropConfig(global_size=8, local_size=4, local_crops=1), out=tmp_path / "run",
-        evaluate=False, cache_dir=tmp_path / "cache",
+        PretrainConfig, data="digits", max_train=320, max_test=100, batch_size=64, epochs=1, patch_size=4, embed_dim=16,
+        depth=1, num_heads=2, prototypes=16, head_hidden_dim=16, bottleneck_dim=8, warmup_epochs=0, knn_every=0,
+        own_statistics=True, crops=crops, out=tmp_path / "run", evaluate=False, cache_dir=tmp_path / "cache",
     )  # fmt: skip
     said = pretrain(training).test_knn_accuracy
     options = {"max_train": 320, "max_test": 100, "cache_dir": tmp_path / "cache"}
