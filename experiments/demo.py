@@ -1,4 +1,4 @@
-"""DINO in a minute: a small vision transformer learns from scans of digits without their labels; no download.
+"""DINO in a minute: a small vision transformer learns from scans of digits, without labels; no download.
 
     python -m experiments.demo
 

@@ -57,8 +57,8 @@ class FolderSettings:
     """The labelled images."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), UNIMPORTANT]
-    """Folder of the images: training/<class>/… and validation/<class>/… (also train, val, valid), nested at will, with
-    or without test/<class>/…; or class folders alone, with --val-fraction."""
+    """Folder of the images: training/<class>/… and validation/<class>/… (also train, val, valid), at any depth, with or
+    without test/<class>/…; or class folders alone, with --val-fraction."""
     train_split: str | None = None
     """Name of the folder of training images. None takes train or training."""
     val_split: str | None = None

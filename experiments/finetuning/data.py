@@ -122,7 +122,7 @@ class ImageData:
 
     def _cropped(self, split: Split) -> Split:
         task = self._task
-        return centre_cropped(split, task.resize, task.image_size, interpolation=self._config.interpolation)
+        return centre_cropped(split, task.resize, task.image_size, interpolation=self._config.views.interpolation)
 
 
 class FeatureData:

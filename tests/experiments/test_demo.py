@@ -12,7 +12,8 @@ from experiments.features.backbones import load_backbone
 
 
 @pytest.mark.slow
-def test_the_demo_trains_draws_and_leaves_weights(tmp_path, capsys):
+def test_the_demo_trains_draws_and_leaves_weights(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # of the feature cache
     accuracies = run(Config(epochs=2, out=tmp_path / "demo")).test_knn_accuracy
     said = capsys.readouterr().out
     assert f"{100 * accuracies['random_init']:.1f} % before, {100 * accuracies['teacher']:.1f} % after" in said

@@ -43,7 +43,8 @@ TINY = create(PretrainConfig, crops=CROPS, evaluate=False, recipe="small", **FLA
 
 
 def settings(**changes):
-    return replace(TINY, **changes)
+    cache = {"cache_dir": changes["out"].parent / "cache"} if "out" in changes else {}
+    return replace(TINY, **{**cache, **changes})
 
 
 def final_state(folder, config=TINY):
@@ -64,6 +65,7 @@ def uninterrupted(tmp_path_factory):
 def start(folder):
     flags = [word for name, value in FLAGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     crops = ["--crops.global-size", "12", "--crops.local-size", "8", "--crops.local-crops", "1", "--no-evaluate"]
+    crops += ["--cache-dir", str(folder.parent / "cache")]
     code = (
         "import sys; from experiments.pretraining.command import run_recipe; "
         "from experiments.pretraining.config import PretrainConfig; from experiments.runs.settings import create; "
