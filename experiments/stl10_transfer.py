@@ -1,29 +1,31 @@
-"""How features transfer to STL-10: the probes of `python -m experiments.evaluate` on 96 px photographs of ten classes.
+"""Evaluates how features transfer to STL-10, 96 px photographs of ten classes, by the probes of `experiments.evaluate`.
 
     python -m experiments.stl10_transfer runs/dino_cifar100/small-seed0 --image-size 96
     python -m experiments.stl10_transfer dinov2_vits14 --data path/to/stl10_binary
     python -m experiments.stl10_transfer dino_vits16 --data stl10 --folds path/to/fold_indices.txt
 
-Images are resized to 256 px (bicubic) and cut to 224 px around the centre; with another --image-size both change in
-proportion. The time grows with the square of the size, and models with small patches (4 or 8 px) need it smaller. With
---folds every probe but few_shot learns from each of the official folds alone, and the table shows mean and deviation.
+Images are resized to 256 px (bicubic), then the centre of 224 px is cropped; with another --image-size, both change in
+proportion. The time grows with the square of the size, so models with small patches (4 or 8 px) need a smaller one.
+With --folds, every probe but few_shot is fitted to each of the official folds alone, and the table shows mean and
+standard deviation.
 """
 
 import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-import tyro
 
 from dinojax.commands import exit_on_user_error
 from dinojax.errors import UserError
-from experiments.data.load import load_dataset
 from experiments.data.splits import Dataset, Split, digest
-from experiments.probing.evaluation import make_fold
-from experiments.probing.evaluation_config import EvaluationConfig
-from experiments.probing.evaluation_run import evaluate
+from experiments.probing.config import EvaluationConfig
+from experiments.probing.data import load_data, make_fold
+from experiments.probing.result import EvaluationResult, run_evaluation
+from experiments.runs.command_line import command_line
+from experiments.runs.settings import POSITIVE, DataSettings, Flags, GivenBackbone, replace
 
 NAME = "stl10"
 _SIDE = 96
@@ -31,38 +33,52 @@ _OFFICIAL = "https://cs.stanford.edu/~acoates/stl10/"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(EvaluationConfig):
-    """Settings of a transfer to STL-10; see the top of this file."""
+class Stl10Settings(DataSettings):
+    """STL-10, and how many of its images to use."""
 
     data: str = NAME
-    """"stl10" (TensorFlow Datasets), the extracted official folder stl10_binary (with train_X.bin and so on), or a
-    folder with train/<class>/… and test/<class>/…"""
-    image_size: int | None = 224
-    """Pixels of the square a model sees."""
-    resize: int | None = None
-    """Pixels of the shorter side before the square is cut around the centre. Default: 256 for 224, in proportion."""
+    """Name or folder of the images: stl10 (TensorFlow Datasets); the extracted official folder stl10_binary, which
+    holds train_X.bin and so on; or a folder with train/<class>/… and test/<class>/…."""
     folds: Path | None = None
-    """The official fold_indices.txt, ten lines of the numbers of 1,000 training images, in the order of the official
-    files. In a folder of images, their names have to be these numbers (train/<class>/0123.png)."""
+    """File of the official fold_indices.txt: ten lines of the numbers of 1,000 training images, in the order of the
+    official files. Images in a folder must be named by these numbers (train/<class>/0123.png)."""
 
 
-def run(config: Config) -> Path:
-    """Evaluates; returns the output folder.
+@dataclasses.dataclass(frozen=True)
+class LargeImages(GivenBackbone):
+    """The backbone, and how it computes features."""
+
+    image_size: Annotated[int | None, POSITIVE] = 224
+    """Side in pixels of the square image that the model sees. Unless --resize is given, the shorter side is resized to
+    8/7 of it before the centre is cropped. None takes the size the model was trained at."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(EvaluationConfig):
+    """A transfer to STL-10; see the top of this file."""
+
+    model: Flags[LargeImages]
+    dataset: Flags[Stl10Settings] = Stl10Settings()
+
+
+def run(config: Config) -> EvaluationResult:
+    """Evaluates, and writes the output folder.
 
     Raises:
-        UserError: STL-10 is not at hand, or weights, folds or settings cannot be used.
+        UserError: STL-10 is not there, or weights, folds or settings cannot be used.
     """
     config.check()
-    if config.folds is not None and config.max_train is not None:
-        raise UserError(f"--max-train {config.max_train} leaves out images of the folds; drop it or --folds")
+    data, image_size = config.dataset, config.model.image_size
+    if data.folds is not None and data.max_train is not None:
+        raise UserError(f"--max-train {data.max_train} leaves out images of the folds; drop it or --folds")
     dataset = load_stl10(config)
     folds = None
-    if config.folds is not None:
-        labels, places = dataset.train.labels, official_places(config.data, dataset.train)
-        folds = [make_fold(labels, config, places[fold]) for fold in read_folds(config.folds, len(labels))]
-    if config.resize is None and config.image_size is not None:
-        config = dataclasses.replace(config, resize=round(config.image_size * 256 / 224))
-    return evaluate(config, dataset, command="stl10_transfer", folds=folds)
+    if data.folds is not None:
+        labels, places = dataset.train.labels, official_places(data.data, dataset.train)
+        folds = [make_fold(labels, config, places[fold]) for fold in read_folds(data.folds, len(labels))]
+    if config.networks.resize is None and image_size is not None:
+        config = replace(config, resize=round(image_size * 256 / 224))
+    return run_evaluation(config, dataset, command="stl10_transfer", folds=folds)
 
 
 def load_stl10(config: Config) -> Dataset:
@@ -71,26 +87,26 @@ def load_stl10(config: Config) -> Dataset:
     Raises:
         UserError: they are not there, or cannot be read.
     """
-    limits = {"max_train": config.max_train, "max_test": config.max_test, "seed": config.seed}
-    folder = Path(config.data).expanduser()
-    if config.data == NAME:
+    data = config.dataset
+    folder = Path(data.data).expanduser()
+    if data.data == NAME:
         try:
-            return load_dataset(NAME, data_dir=config.data_dir, **limits)
+            return load_data(config)
         except UserError as error:
             reason = str(error).partition(";")[0]
             raise UserError(
                 f"{reason}; extract the archive of {_OFFICIAL} and pass its stl10_binary as --data"
             ) from error
     if not is_binary(folder):
-        return load_dataset(config.data, data_dir=config.data_dir, **limits)
-    if config.max_train is not None or config.max_test is not None:
-        raise UserError("--max-train and --max-test are not for the official folder stl10_binary; drop them")
+        return load_data(config)
+    if data.max_train is not None or data.max_test is not None:
+        raise UserError("--max-train and --max-test do not apply to the official folder stl10_binary; drop them")
     names = (folder / "class_names.txt").read_text().split()
     return Dataset(NAME, tuple(names), *(read_binary(folder, split) for split in ("train", "test")))
 
 
 def is_binary(folder: Path) -> bool:
-    """Whether it is the extracted official archive."""
+    """Whether `folder` is the extracted official archive."""
     return (folder / "train_X.bin").is_file()
 
 
@@ -98,7 +114,7 @@ def read_binary(folder: Path, split: str) -> Split:
     """A labelled split of the official binary files; images stay on disk until they are read.
 
     Raises:
-        UserError: a file that is missing or cut off.
+        UserError: a file that is missing or truncated.
     """
     paths = [folder / f"{split}_{part}.bin" for part in "Xy"]
     try:
@@ -108,7 +124,7 @@ def read_binary(folder: Path, split: str) -> Split:
             content = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{paths[0]} and {paths[1].name} are no whole STL-10 files ({error}); get {_OFFICIAL}"
+            f"{paths[0]} and {paths[1].name} are not complete STL-10 files ({error}); get them from {_OFFICIAL}"
         ) from error
     ids = [f"{split}/{i}" for i in range(len(labels))]
     return Split(split, ids, labels, lambda i: np.ascontiguousarray(pixels[i].T), digest(content, labels.tobytes()))
@@ -118,16 +134,16 @@ def read_folds(path: Path, images: int) -> list[np.ndarray]:
     """The numbers of the images of every fold.
 
     Raises:
-        UserError: it is no such file, or is of other images.
+        UserError: `path` is not such a file, or is of other images.
     """
     try:
         folds = [
             np.array(line.split(), np.int64) for line in path.expanduser().read_text().splitlines() if line.split()
         ]
     except (OSError, ValueError) as error:
-        raise UserError(f"--folds {path} is no list of image numbers ({error}); get it from {_OFFICIAL}") from error
+        raise UserError(f"--folds {path} is not a list of image numbers ({error}); get it from {_OFFICIAL}") from error
     if len(folds) < 2:
-        raise UserError(f"--folds {path} holds {len(folds)} lines; one for each of several folds was expected")
+        raise UserError(f"--folds {path} holds {len(folds)} lines; it needs one for each of several folds")
     for number, fold in enumerate(folds, 1):
         if len(np.unique(fold)) < len(fold) or fold.min() < 0 or fold.max() >= images:
             raise UserError(f"--folds {path}: line {number} does not name different images among 0 to {images - 1}")
@@ -135,7 +151,7 @@ def read_folds(path: Path, images: int) -> list[np.ndarray]:
 
 
 def official_places(data: str, split: Split) -> np.ndarray:
-    """Where image i of the official files is in the split.
+    """The place in the split of each image of the official files.
 
     Raises:
         UserError: the images of a folder are not named by their numbers.
@@ -148,8 +164,8 @@ def official_places(data: str, split: Split) -> np.ndarray:
     stems = [Path(name).stem for name in split.ids]
     if not all(stem.isdecimal() for stem in stems) or {int(stem) for stem in stems} != set(range(images)):
         raise UserError(
-            f"--folds: the training images in {data} are not named 0 to {images - 1}, so that the official numbers say "
-            "nothing of them; pass the extracted folder stl10_binary, or --data stl10"
+            f"--folds: the training images in {data} are not named 0 to {images - 1}, so the official numbers do not "
+            "apply to them; pass the extracted folder stl10_binary, or --data stl10"
         )
     return np.argsort([int(stem) for stem in stems])
 
@@ -165,7 +181,7 @@ def _places_in_tfds(images: int) -> np.ndarray:
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     with exit_on_user_error():
-        run(tyro.cli(Config, args=args, description=__doc__))
+        run(command_line(Config, "experiments.stl10_transfer", __doc__, args))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Backbone + images → features, in one jitted pass per batch, kept on disk so that nothing is computed twice.
+"""Features of images from a backbone, in one jitted pass per batch, cached on disk so that nothing is computed twice.
 
-The features of an image are [blocks + 1, dim]: the normalised CLS token after each of the last four blocks (of all,
-in a model with fewer), the last block's in `[-2]`, and in `[-1]` the mean of the last block's normalised patch tokens.
+An image is cached as tokens [blocks + 1, dim]: the normalised CLS token after each of the last four blocks (of all
+blocks, in a model with fewer), followed by the mean of the last block's normalised patch tokens.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,22 +31,21 @@ from experiments.data.splits import Split, digest
 from experiments.data.squares import load_square
 from experiments.features.backbones import Normalisation
 from experiments.features.cache import ShardCache
+from experiments.features.parts import FeatureParts
+from experiments.runs.settings import Dtype, resolve_dtype
 
-LAST_CLS, MEAN_PATCH = -2, -1
 LAST_BLOCKS = 4
-# Part of the key of cached features: raise it when the numbers that come out change.
+# Part of the key of cached features. Raise it when the features change.
 _REVISION = 1
 _SHARD_IMAGES = 512
 _BATCHES_AHEAD = 3
 _LONG_SECONDS = 600
-_BATCHES_TO_JUDGE = 3
-
-Dtype = Literal["auto", "float32", "bfloat16"]
+_TIMED_BATCHES = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A shard that is not cached yet: images `start` to `stop` of a split, whose features go to `out`."""
+    """A shard that is not cached yet: images `start` to `stop` of a split, whose tokens are written to `out`."""
 
     split: Split
     cache: ShardCache
@@ -58,17 +56,18 @@ class Job:
 
 
 class FeatureExtractor:
-    """A model, the transform in front of it, and the folder that keeps what it made.
+    """A model, the transform of its images, and the folder of cached features.
 
-    `fingerprint` tells the model from others, `parameters` is their number, `dtype` what it computes in.
+    `fingerprint` identifies the model, `parameters` is the number of its parameters, `dtype` its number type.
 
     Args:
-        model: any size; images are resized so that the shorter side has `image_size` px, then cut to a square.
-        normalisation: mean and deviation of the pixels (0–1) that the model expects.
-        image_size: pixels.
-        dtype: what the model computes in; "auto" is bfloat16 on accelerators and float32 on CPU. Features are float32.
+        model: of any size.
+        normalisation: mean and standard deviation of the pixels (0–1) that the model expects.
+        image_size: pixels that the shorter side is resized to, and the side of the square that is then cropped.
+        dtype: number type of the model's computation; "auto" is bfloat16 on accelerators and float32 on a CPU. The
+            features are float32.
         batch_size: images per pass; None is what a CPU's cache holds (8 with ViT-S/14 at 224 px), 256 on accelerators.
-        cache_dir: features go to `features/` in it.
+        cache_dir: its folder `features/` holds the features.
 
     Raises:
         UserError: a size that the model does not take.
@@ -87,7 +86,7 @@ class FeatureExtractor:
         check_image_size(model, image_size)
         on_cpu = jax.default_backend() == "cpu"
         self.image_size = image_size
-        self.dtype = jnp.dtype(("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype)
+        self.dtype = jnp.dtype(resolve_dtype(dtype))
         self.batch_size = min(batch_size or (_images_in_cache(model, image_size) if on_cpu else 256), _SHARD_IMAGES)
         self.shape = (min(LAST_BLOCKS, model.config.depth) + 1, model.config.embed_dim)
         self._root = cache_dir / "features"
@@ -111,10 +110,10 @@ class FeatureExtractor:
         key = digest(json.dumps(description, sort_keys=True))[:20]
         return ShardCache(self._root / key, {**description, "split": split.name, "number_of_images": len(split)})
 
-    def extract(self, splits: Sequence[Split]) -> list[Float[np.ndarray, "images features dim"]]:
-        """The features of every image, from the cache where they are; one progress bar over all splits.
+    def extract(self, splits: Sequence[Split]) -> list[FeatureParts]:
+        """The features of every image, from the cache where they are in it; one progress bar over all splits.
 
-        Shards are written as they are finished: after an interruption the same call goes on behind the last one.
+        Shards are written as they are finished: after an interruption, the same call resumes after the last one.
 
         Raises:
             UserError: an image that cannot be decoded (named; whole shards before it are kept), a cache that cannot
@@ -126,7 +125,7 @@ class FeatureExtractor:
         todo = sum(len(job.out) for job in jobs)
         if not jobs:
             print(f"features: all {total:,} images from the cache {self._root}", flush=True)
-            return arrays
+            return [FeatureParts.of_tokens(array) for array in arrays]
         with (
             ThreadPoolExecutor(min(16, os.cpu_count() or 1), "decode") as pool,
             tqdm(total=total, initial=total - todo, unit="img", desc="features", dynamic_ncols=True) as bar,
@@ -135,10 +134,10 @@ class FeatureExtractor:
                 self._compute(jobs, pool, Forecast(bar, todo))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-        return arrays
+        return [FeatureParts.of_tokens(array) for array in arrays]
 
     def _missing(self, split: Split, array: np.ndarray) -> Iterator[Job]:
-        """Fills `array` with what is cached; yields what is not."""
+        """Fills `array` with the cached shards; yields the missing ones."""
         cache = self.cache(split)
         for shard, start in enumerate(range(0, len(split), _SHARD_IMAGES)):
             stop = min(start + _SHARD_IMAGES, len(split))
@@ -157,7 +156,7 @@ class FeatureExtractor:
                 job.cache.write(job.shard, _finite(job))
 
     def _batches(self, jobs: Sequence[Job], pool: ThreadPoolExecutor) -> Iterator[tuple[Job, int, int, np.ndarray]]:
-        """Job, first image, number of images, pixels (the last batch of a shard filled up with black)."""
+        """Job, first image, number of images, and pixels; the last batch of a shard is padded with black images."""
         size, square = self.batch_size, self.image_size
         started = (
             (job, start, [pool.submit(load_square, job.split, i, square) for i in range(start, stop)])
@@ -175,38 +174,38 @@ class FeatureExtractor:
 
 
 class Forecast:
-    """The progress bar, and a word once, early, where the work will take long: what makes it shorter."""
+    """The progress bar, and an early note on what makes the work shorter, if it will take long."""
 
     def __init__(self, bar: tqdm, todo: int):
         self._bar, self._todo, self._batches, self._timed, self._start = bar, todo, 0, 0, 0.0
 
     def update(self, count: int) -> None:
-        """`count` more images are done."""
+        """Counts `count` more images as done."""
         self._bar.update(count)
         self._batches += 1
         self._todo -= count
-        if self._batches == 1:  # the compilation is in the first batch
+        if self._batches == 1:  # the first batch includes the compilation
             self._start = time.perf_counter()
             return
         self._timed += count
-        if self._batches == 1 + _BATCHES_TO_JUDGE:
+        if self._batches == 1 + _TIMED_BATCHES:
             seconds = self._todo * (time.perf_counter() - self._start) / self._timed
             if seconds > _LONG_SECONDS:
                 self._bar.write(
-                    f"about {seconds / 60:.0f} minutes to go on this {jax.devices()[0].device_kind}; shorter: fewer "
-                    "images (--max-train, --max-test), a smaller --image-size, a GPU. What is done is kept on Ctrl-C."
+                    f"note: about {seconds / 60:.0f} minutes left on this {jax.devices()[0].device_kind}; fewer images "
+                    "(--max-train, --max-test), a smaller --image-size or a GPU take less. Ctrl-C keeps what is done."
                 )
 
 
 def make_forward(
     model: VisionTransformer, normalisation: Normalisation, dtype: np.dtype
 ) -> Callable[[UInt8[np.ndarray, "batch size size 3"]], Float[Array, "batch features dim"]]:
-    """uint8 pixels → features (see the top of the file); the parameters are cast to `dtype` once."""
+    """From uint8 pixels to tokens (see the top of the file); the parameters are cast to `dtype` once."""
     graphdef, state = nnx.split(model)
     state = jax.tree.map(lambda x: x.astype(dtype), state)
     blocks = min(LAST_BLOCKS, model.config.depth)
-    mean, std = (jnp.asarray(numbers, jnp.float32) for numbers in normalisation)
-    # Float32 means float32: accelerators would otherwise multiply in lower precision.
+    mean, std = (jnp.asarray(numbers, jnp.float32)[None, None, None] for numbers in normalisation)
+    # Accelerators would otherwise multiply float32 in lower precision.
     precision = "highest" if dtype == jnp.float32 else "default"
 
     @jax.jit
@@ -235,7 +234,7 @@ def check_image_size(model: VisionTransformer, image_size: int) -> None:
     if needs_multiple and image_size % patch:
         below = image_size // patch * patch
         raise UserError(
-            f"--image-size {image_size} is no multiple of the model's patch size {patch}; "
+            f"--image-size {image_size} is not a multiple of the model's patch size {patch}; "
             f"take {below} or {below + patch}"
         )
 
@@ -250,14 +249,14 @@ def fingerprint(model: VisionTransformer) -> str:
 
 
 def _one_behind(results: Iterator[tuple]) -> Iterator[tuple]:
-    """The same results, each after the next one was started, so that the device never waits for the host."""
+    """The same results, each after the next one has started, so that the device never waits for the host."""
     previous = None
     try:
         for result in results:
             if previous:
                 yield previous
             previous = result
-    except (UserError, KeyboardInterrupt):  # while the next one was being decoded; this one may complete a shard
+    except (UserError, KeyboardInterrupt):  # while the next batch is decoded; this one may complete a shard
         if previous:
             yield previous
         raise

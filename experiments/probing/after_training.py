@@ -9,10 +9,11 @@ from dinojax.errors import UserError
 from dinojax.probes import knn_predict
 from experiments.data.splits import Dataset
 from experiments.features.backbones import Backbone
-from experiments.features.extractor import Dtype, FeatureExtractor
-from experiments.probing.classifiers import pick_tokens
+from experiments.features.extractor import FeatureExtractor
+from experiments.probing.config import EvaluationConfig, ProbeSettings
 from experiments.probing.fitting import HEADLINE_K, check_labels
-from experiments.runs.settings import DataSettings, RunSettings
+from experiments.probing.result import run_evaluation
+from experiments.runs.settings import DataSettings, Dtype, RunSettings, create
 
 
 def knn_accuracies(
@@ -38,7 +39,7 @@ def knn_accuracies(
             cache_dir=cache_dir.expanduser(),
             dtype=dtype,
         )
-        train, test = map(pick_tokens, extractor.extract([dataset.train, dataset.test]))
+        train, test = (features.vectors() for features in extractor.extract([dataset.train, dataset.test]))
         classes = len(dataset.class_names)
         predicted = knn_predict(train, dataset.train.labels, test, num_classes=classes, ks=(k,))[k]
         accuracies[name] = float(np.mean(predicted == dataset.test.labels))
@@ -55,19 +56,17 @@ def evaluate_training(folder: Path, out: Path, dataset: Dataset, data: DataSetti
         data: the settings that they come from.
         run: the training's seed and cache folder; its own `out` is not used.
     """
-    from experiments.probing.evaluation_config import CLASSIFIERS, EvaluationConfig
-    from experiments.probing.evaluation_run import evaluate
-
     names = []
-    for name in CLASSIFIERS:
+    for name in ProbeSettings.available:
         try:
-            check_labels([name], dataset, EvaluationConfig.shots)
+            check_labels([name], dataset, ProbeSettings.shots)
             names.append(name)
         except UserError as error:
             print(f"note: the probe {name} is left out: {error}")
     if not names:
         return
-    settings = EvaluationConfig(
+    settings = create(
+        EvaluationConfig,
         weights=str(folder),
         data=data.data,
         untrained=True,
@@ -79,4 +78,4 @@ def evaluate_training(folder: Path, out: Path, dataset: Dataset, data: DataSetti
         cache_dir=run.cache_dir,
         data_dir=data.data_dir,
     )
-    evaluate(settings, dataset, command="evaluate")
+    run_evaluation(settings, dataset, command="evaluate")

@@ -1,6 +1,6 @@
 """Fitted classifiers: named arrays and settings that predict classes, kept in files without pickle.
 
-All take the features of `features.extractor`, [images, tokens, dim], and pick what they were fitted on.
+A classifier takes all parts of the features and looks at those that it was fitted to.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save
 
 from dinojax.errors import UserError
-from experiments.features.extractor import LAST_CLS, MEAN_PATCH
+from experiments.features.parts import CLS, FeatureParts
 from experiments.runs.records import write_json, write_whole
 
 TITLES = {
@@ -33,7 +33,7 @@ INDEX_FILE = "classifiers.json"
 _ROWS = 2048  # images compared with all support vectors at once
 _NEIGHBOURS_FILE = "training_features.safetensors"  # shared by both k-NN classifiers
 
-Features = Float[np.ndarray, "images tokens dim"]
+Vectors = Float[np.ndarray, "images width"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,23 +68,18 @@ class Classifier:
         name: one of `TITLES`.
         arrays: what was learnt, by name.
         settings: JSON; "kind" says how to predict, "classes" how many there are.
+        part: of the features, the one it was fitted to.
     """
 
     name: str
     arrays: Mapping[str, np.ndarray]
     settings: Mapping[str, Any]
+    part: str = CLS
 
-    def predict(self, features: Features) -> Prediction:
+    def predict(self, features: FeatureParts) -> Prediction:
         """Classifies images by their features."""
-        return _PREDICTORS[self.settings["kind"]](self, features)
-
-
-def pick_tokens(features: Features, blocks: int = 1, mean_patch: bool = False) -> Float[np.ndarray, "images width"]:
-    """The CLS tokens of the last `blocks` blocks side by side, oldest first, then the mean patch if asked for."""
-    chosen = features[:, LAST_CLS + 1 - blocks : LAST_CLS + 1 or None]
-    if mean_patch:
-        chosen = np.concatenate([chosen, features[:, MEAN_PATCH:]], axis=1)
-    return np.ascontiguousarray(chosen.reshape(len(features), -1))
+        inputs = {name: self.settings[name] for name in ("blocks", "mean_patch") if name in self.settings}
+        return _PREDICTORS[self.settings["kind"]](self, features.vectors(self.part, **inputs))
 
 
 def save_classifiers(folder: Path, classifiers: Sequence[Classifier], description: Mapping[str, Any]) -> None:
@@ -99,7 +94,7 @@ def save_classifiers(folder: Path, classifiers: Sequence[Classifier], descriptio
     contents = {files[classifier.name]: classifier.arrays for classifier in classifiers}
     for file, arrays in contents.items():
         write_whole(folder / file, save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
-    index = {c.name: {"file": files[c.name], "settings": dict(c.settings)} for c in classifiers}
+    index = {c.name: {"file": files[c.name], "settings": dict(c.settings), "part": c.part} for c in classifiers}
     write_json(folder / INDEX_FILE, {**description, "classifiers": index})
 
 
@@ -134,7 +129,10 @@ def load_classifiers(folder: Path, names: Sequence[str] | None = None) -> list[C
             loaded[name] = load_file(path)
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"{path} is missing or damaged ({error}); repeat that run") from error
-    return [Classifier(name, arrays, index[name]["settings"]) for name, arrays in loaded.items()]
+    return [
+        Classifier(name, arrays, index[name]["settings"], index[name].get("part", CLS))
+        for name, arrays in loaded.items()
+    ]
 
 
 def _file(classifier: Classifier) -> str:
@@ -142,12 +140,12 @@ def _file(classifier: Classifier) -> str:
     return _NEIGHBOURS_FILE if is_knn else f"{classifier.name}.safetensors"
 
 
-def _predict_knn(classifier: Classifier, features: Features) -> Prediction:
+def _predict_knn(classifier: Classifier, inputs: Vectors) -> Prediction:
     from dinojax.probes import knn_votes, nearest_neighbours
 
     settings, arrays = classifier.settings, classifier.arrays
     ks = [settings["k"], *settings["other_ks"]]
-    similarities, indices = nearest_neighbours(arrays["features"], pick_tokens(features), max(ks))
+    similarities, indices = nearest_neighbours(arrays["features"], inputs, max(ks))
     neighbour_labels = arrays["labels"][indices]
     votes = {
         k: knn_votes(
@@ -160,27 +158,26 @@ def _predict_knn(classifier: Classifier, features: Features) -> Prediction:
     return Prediction(by_k[settings["k"]], scores / scores.sum(axis=1, keepdims=True), by_k=by_k)
 
 
-def _predict_euclidean(classifier: Classifier, features: Features) -> Prediction:
+def _predict_euclidean(classifier: Classifier, inputs: Vectors) -> Prediction:
     from dinojax.probes import euclidean_neighbours, knn_votes
 
     settings, arrays = classifier.settings, classifier.arrays
-    distances, indices = euclidean_neighbours(arrays["features"], pick_tokens(features), settings["k"])
+    distances, indices = euclidean_neighbours(arrays["features"], inputs, settings["k"])
     equal = np.zeros_like(distances)  # every neighbour has one vote
     votes = knn_votes(equal, arrays["labels"][indices], num_classes=settings["classes"], k=settings["k"])
     return Prediction(votes.argmax(axis=1), votes / settings["k"])
 
 
-def _predict_linear(classifier: Classifier, features: Features) -> Prediction:
+def _predict_linear(classifier: Classifier, inputs: Vectors) -> Prediction:
     from dinojax.probes import LinearHead, linear_logits
 
-    inputs = pick_tokens(features, classifier.settings["blocks"], classifier.settings["mean_patch"])
     return _softmax(linear_logits(LinearHead(**classifier.arrays), inputs))
 
 
-def _predict_mlp(classifier: Classifier, features: Features) -> Prediction:
+def _predict_mlp(classifier: Classifier, inputs: Vectors) -> Prediction:
     from dinojax.probes import MlpHead, mlp_logits
 
-    return _softmax(mlp_logits(MlpHead(**classifier.arrays), pick_tokens(features)))
+    return _softmax(mlp_logits(MlpHead(**classifier.arrays), inputs))
 
 
 def _softmax(logits: Any) -> Prediction:
@@ -190,12 +187,12 @@ def _softmax(logits: Any) -> Prediction:
     return Prediction(scores.argmax(axis=1), softmax(scores, axis=1))
 
 
-def _predict_svc(classifier: Classifier, features: Features) -> Prediction:
+def _predict_svc(classifier: Classifier, inputs: Vectors) -> Prediction:
     """One-vs-one votes of an RBF SVC from its arrays, ties to the lower class, as scikit-learn's `predict`.
 
     The scores are scikit-learn's one-vs-rest `decision_function`: votes, and summed confidences that break ties.
     """
-    arrays, inputs = classifier.arrays, pick_tokens(features)
+    arrays = classifier.arrays
     classes, blocks = arrays["classes"], range(0, len(inputs), _ROWS)
     decided = [svc_decisions(arrays, classifier.settings["gamma"], inputs[start : start + _ROWS]) for start in blocks]
     votes, confidences = (np.concatenate(parts) for parts in zip(*decided))
@@ -238,7 +235,7 @@ def svc_decisions(
     return votes, confidences
 
 
-_PREDICTORS: dict[str, Callable[[Classifier, Features], Prediction]] = {
+_PREDICTORS: dict[str, Callable[[Classifier, Vectors], Prediction]] = {
     "knn": _predict_knn,
     "euclidean": _predict_euclidean,
     "linear": _predict_linear,

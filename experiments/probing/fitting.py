@@ -1,8 +1,9 @@
-"""How each classifier is fitted to cached features, and on which images its epoch, head or constant is chosen."""
+"""How each classifier is fitted to features, and on which images its epoch, head or penalty is selected."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,9 +20,11 @@ from dinojax.probes import (
     fit_mlp,
     fit_sgd_linear,
 )
-from dinojax.probes.labelled import check_labelled
+from dinojax.probes.labelled import check_classes, check_finite
 from experiments.data.splits import Dataset
-from experiments.probing.classifiers import Classifier, Features, pick_tokens
+from experiments.features.parts import CLS, FeatureParts, concatenate
+from experiments.probing.classifiers import Classifier
+from experiments.probing.config import ClassifierSettings, ProbeSettings
 
 HEADLINE_K = 20
 OTHER_KS = (10, 100, 200)
@@ -29,22 +32,6 @@ EUCLIDEAN_K = 5
 ON_HELDOUT = "selected on held-out training images"
 ON_TEST = "selected on the test set"
 NOTHING = "nothing to select"
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What fitting and judging can be told; the command's flags of the same names explain each."""
-
-    epochs: int = 5
-    learning_rate: float = 1e-2
-    probe_batch_size: int = 64
-    mlp_epochs: int = 25
-    sweep_steps: int = 12_500
-    svc_standardise: bool = False
-    shots: int = 5
-    heldout_fraction: float = 0.1
-    protocol: Literal["heldout", "seed"] = "heldout"
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,38 +43,49 @@ class TrainingData:
         labels: their classes.
         num_classes: among which some may have no image.
         kept: indices of the images to learn from.
-        heldout: indices of the others, to choose on.
+        heldout: indices of the others, to select on.
+        part: of the features, the one that classifiers look at.
         views: features of augmented views of the same images, in the same order.
-        test: features and labels to choose on in the place of the held-out images, all training images being learnt
-            from. For the protocol of the originals alone, whose numbers are optimistic.
+        heldout_features: of the held-out images, where they are prepared in another way than `features`.
+        test: features and labels to select on instead of the held-out images, while all training images are learnt
+            from. Only for the protocol "reported", whose numbers are optimistic.
     """
 
-    features: Features
+    features: FeatureParts
     labels: Int[np.ndarray, " images"]
     num_classes: int
     kept: Int[np.ndarray, " kept"]
     heldout: Int[np.ndarray, " heldout"]
-    views: Sequence[Features] = ()
-    test: tuple[np.ndarray, np.ndarray] | None = None
+    part: str = CLS
+    views: Sequence[FeatureParts] = ()
+    heldout_features: FeatureParts | None = None
+    test: tuple[FeatureParts, np.ndarray] | None = None
 
-    def to_learn(self, *, views: bool = False, everything: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Features and labels to learn from: of the images kept, or of all; views of the same images behind them."""
+    def to_learn(self, *, views: bool = False, everything: bool = False) -> tuple[FeatureParts, np.ndarray]:
+        """Features and labels to learn from: of the kept images, or of all; followed by views of the same images."""
         rows = np.arange(len(self.labels)) if everything or self.test is not None else self.kept
         parts = [self.features, *self.views] if views else [self.features]
-        return np.concatenate([part[rows] for part in parts]), np.tile(self.labels[rows], len(parts))
+        return concatenate([part[rows] for part in parts]), np.tile(self.labels[rows], len(parts))
 
-    def to_choose(self) -> tuple[np.ndarray, np.ndarray]:
-        """Features and labels to choose an epoch, a head or a constant on."""
-        return self.test or (self.features[self.heldout], self.labels[self.heldout])
+    def to_select(self) -> tuple[FeatureParts, np.ndarray]:
+        """Features and labels to select an epoch, a head or a penalty on."""
+        if self.test is not None:
+            return self.test
+        features = self.features[self.heldout] if self.heldout_features is None else self.heldout_features
+        return features, self.labels[self.heldout]
 
     @property
     def selection(self) -> str:
-        """What choosing on those images is called."""
+        """What tables call the selection on those images."""
         return ON_HELDOUT if self.test is None else ON_TEST
+
+    def classifier(self, name: str, arrays: Mapping[str, np.ndarray], **settings: Any) -> Classifier:
+        """A classifier fitted to these data."""
+        return Classifier(name, arrays, {"classes": self.num_classes, **settings}, self.part)
 
 
 class Fit(NamedTuple):
-    """A fitted classifier, what it was chosen on, and JSON on how: "curves" or "grid", and the best of it."""
+    """A fitted classifier, the images it was selected on, and the selection as JSON: "curves" or "grid", the best."""
 
     classifier: Classifier
     selection: str
@@ -95,7 +93,7 @@ class Fit(NamedTuple):
 
 
 def check_labels(names: Sequence[str], dataset: Dataset, shots: int) -> None:
-    """Raises a `UserError` for labels that the classifiers `names` cannot learn from or be judged on."""
+    """Raises a `UserError` for labels that the classifiers `names` cannot be fitted to or evaluated on."""
     counts, tests = (np.bincount(s.labels, minlength=len(dataset.class_names)) for s in (dataset.train, dataset.test))
     present = [name for name, count in zip(dataset.class_names, counts) if count]
     if len(counts) > len(dataset.class_names) or len(tests) > len(dataset.class_names):
@@ -122,40 +120,37 @@ def check_labels(names: Sequence[str], dataset: Dataset, shots: int) -> None:
         )
 
 
-def fit(name: str, data: TrainingData, settings: Settings) -> Fit:
+def fit(name: str, data: TrainingData, settings: ProbeSettings, seed: int) -> Fit:
     """Fits one of `TITLES`.
 
     Raises:
         UserError: features that are not finite, one class alone, or too few images.
     """
-    check_labelled(data.features, data.labels, data.num_classes)
-    return _FITS[name](data, settings)
+    check_classes(data.labels, data.num_classes)
+    for array in data.features.arrays.values():
+        check_finite(array)
+    return _FITS[name](data, settings, seed)
 
 
-def _fit_knn(data: TrainingData, settings: Settings) -> Fit:
+def _fit_knn(data: TrainingData, settings: ProbeSettings, seed: int) -> Fit:
     smaller = [k for k in OTHER_KS if k <= len(data.labels)]
     return _fit_neighbours("knn", data, kind="knn", k=HEADLINE_K, other_ks=smaller, temperature=0.07)
 
 
-def _fit_knn5(data: TrainingData, settings: Settings) -> Fit:
+def _fit_knn5(data: TrainingData, settings: ProbeSettings, seed: int) -> Fit:
     return _fit_neighbours("knn5", data, kind="euclidean", k=EUCLIDEAN_K)
 
 
 def _fit_neighbours(name: str, data: TrainingData, **settings: Any) -> Fit:
-    arrays = {"features": pick_tokens(data.features), "labels": data.labels.astype(np.int64)}
-    return Fit(Classifier(name, arrays, {"classes": data.num_classes, **settings}), NOTHING, {})
+    arrays = {"features": data.features.vectors(data.part), "labels": data.labels.astype(np.int64)}
+    return Fit(data.classifier(name, arrays, **settings), NOTHING, {})
 
 
-def _fit_linear(data: TrainingData, settings: Settings) -> Fit:
-    features, labels = data.to_learn(views=True)
-    chosen_features, chosen_labels = data.to_choose()
+def _fit_linear(data: TrainingData, settings: ProbeSettings, seed: int) -> Fit:
     head, history, best = fit_linear(
-        pick_tokens(features),
-        labels,
-        pick_tokens(chosen_features),
-        chosen_labels,
+        *_vectors(data, views=True),
         num_classes=data.num_classes,
-        key=jax.random.key(settings.seed),
+        key=jax.random.key(seed),
         epochs=settings.epochs,
         batch_size=settings.probe_batch_size,
         learning_rate=settings.learning_rate,
@@ -163,56 +158,53 @@ def _fit_linear(data: TrainingData, settings: Settings) -> Fit:
     return Fit(_linear("linear", head, data), data.selection, _by_epoch(history, best))
 
 
-def _fit_mlp(name: str, data: TrainingData, settings: Settings, *, batch_size: int, shuffle: bool) -> Fit:
-    features, labels = data.to_learn(views=True)
-    chosen_features, chosen_labels = data.to_choose()
+def _fit_mlp(
+    name: str, data: TrainingData, settings: ClassifierSettings, seed: int, *, batch_size: int, shuffle: bool
+) -> Fit:
+    features, labels, *selected_on = _vectors(data, views=True)
     order = "new in every epoch" if shuffle else "of the files, the same in every epoch"
     if not shuffle and (np.diff(data.labels) >= 0).all():
-        # Files sorted by class would give minibatches of one class; the original's files are in no such order.
-        random_order = np.random.default_rng(settings.seed).permutation(len(labels))
+        # Files sorted by class would give minibatches of one class; the notebooks' files are not sorted.
+        random_order = np.random.default_rng(seed).permutation(len(labels))
         features, labels = features[random_order], labels[random_order]
         order = "random, the same in every epoch (the files are sorted by class)"
     head, history, best = fit_mlp(
-        pick_tokens(features),
+        features,
         labels,
-        pick_tokens(chosen_features),
-        chosen_labels,
+        *selected_on,
         num_classes=data.num_classes,
-        key=jax.random.key(settings.seed),
+        key=jax.random.key(seed),
         epochs=settings.mlp_epochs,
         batch_size=batch_size,
         shuffle=shuffle,
     )
-    classifier = Classifier(name, _arrays(head), {"kind": "mlp", "classes": data.num_classes})
+    classifier = data.classifier(name, _arrays(head), kind="mlp")
     details = {"batch_size": batch_size, "order": order, **_by_epoch(history, best)}
     return Fit(classifier, data.selection, details)
 
 
-def _fit_sweep(data: TrainingData, settings: Settings) -> Fit:
-    features, labels = data.to_learn(views=True)
-    options = {"num_classes": data.num_classes, "key": jax.random.key(settings.seed), "steps": settings.sweep_steps}
-    found = fit_linear_sweep(features, labels, *data.to_choose(), **options)
+def _fit_sweep(data: TrainingData, settings: ProbeSettings, seed: int) -> Fit:
+    (features, labels), (selected_on, selected_labels) = data.to_learn(views=True), data.to_select()
+    options = {"num_classes": data.num_classes, "key": jax.random.key(seed), "steps": settings.sweep_steps}
+    found = fit_linear_sweep(features.tokens, labels, selected_on.tokens, selected_labels, **options)
     chosen = found.settings[found.best]
     head = found.head
     if data.test is None:
         features, labels = data.to_learn(views=True, everything=True)
-        inputs = pick_tokens(features, chosen.blocks, chosen.mean_patch)
+        inputs = features.vectors(blocks=chosen.blocks, mean_patch=chosen.mean_patch)
         head = fit_sgd_linear(inputs, labels, learning_rate=chosen.learning_rate, **options)
     grid = [{**s._asdict(), "accuracy": float(a)} for s, a in zip(found.settings, found.heldout_accuracy)]
     classifier = _linear("sweep", head, data, chosen.blocks, chosen.mean_patch)
     return Fit(classifier, data.selection, {"best": grid[found.best], "steps": settings.sweep_steps, "grid": grid})
 
 
-def _fit_logistic(data: TrainingData, settings: Settings) -> Fit:
-    """C from the grid, then all training images; the originals hold images out for C too."""
+def _fit_logistic(data: TrainingData, settings: ProbeSettings, seed: int) -> Fit:
+    """Selects C on held-out images under every protocol, as the notebooks do, then fits to all training images."""
     honest = dataclasses.replace(data, test=None)
-    (features, labels), (chosen_features, chosen_labels) = honest.to_learn(), honest.to_choose()
-    found = fit_logistic_grid(
-        pick_tokens(features), labels, pick_tokens(chosen_features), chosen_labels, num_classes=data.num_classes
-    )
+    found = fit_logistic_grid(*_vectors(honest), num_classes=data.num_classes)
     grid = [{"C": c, "accuracy": float(a)} for c, a in zip(found.Cs, found.heldout_accuracy)]
     head = fit_logistic(
-        pick_tokens(data.features),
+        data.features.vectors(data.part),
         data.labels,
         num_classes=data.num_classes,
         C=found.Cs[found.best],
@@ -221,11 +213,11 @@ def _fit_logistic(data: TrainingData, settings: Settings) -> Fit:
     return Fit(_linear("logistic", head, data), honest.selection, {"best": grid[found.best], "grid": grid})
 
 
-def _fit_svc(data: TrainingData, settings: Settings) -> Fit:
-    """Scikit-learn's RBF SVC with its defaults, on all training images."""
+def _fit_svc(data: TrainingData, settings: ClassifierSettings, seed: int) -> Fit:
+    """scikit-learn's RBF SVC with its defaults, on all training images."""
     from sklearn.svm import SVC
 
-    raw = pick_tokens(data.features)
+    raw = data.features.vectors(data.part)
     mean, scale = np.zeros(raw.shape[1]), np.ones(raw.shape[1])
     if settings.svc_standardise:
         mean, deviation = raw.mean(axis=0, dtype=np.float64), raw.std(axis=0, dtype=np.float64)
@@ -233,7 +225,7 @@ def _fit_svc(data: TrainingData, settings: Settings) -> Fit:
     inputs = (raw.astype(np.float64) - mean) / scale
     svc = SVC(kernel="rbf", gamma=scaled_gamma(inputs), cache_size=1000).fit(inputs, data.labels)
     arrays = {"support_vectors": raw[svc.support_], "mean": mean, "scale": scale, **svc_arrays(svc)}
-    classifier = Classifier("svc", arrays, {"kind": "svc", "classes": data.num_classes, "gamma": svc.gamma})
+    classifier = data.classifier("svc", arrays, kind="svc", gamma=svc.gamma)
     return Fit(classifier, NOTHING, {"support_vectors": len(svc.support_), "standardised": settings.svc_standardise})
 
 
@@ -255,9 +247,14 @@ def svc_arrays(svc: Any) -> dict[str, np.ndarray]:
     }
 
 
+def _vectors(data: TrainingData, *, views: bool = False) -> tuple[np.ndarray, ...]:
+    """Vectors and labels to learn from, then those to select on."""
+    (features, labels), (selected_on, selected_labels) = data.to_learn(views=views), data.to_select()
+    return features.vectors(data.part), labels, selected_on.vectors(data.part), selected_labels
+
+
 def _linear(name: str, head: LinearHead, data: TrainingData, blocks: int = 1, mean_patch: bool = False) -> Classifier:
-    settings = {"kind": "linear", "classes": data.num_classes, "blocks": blocks, "mean_patch": mean_patch}
-    return Classifier(name, _arrays(head), settings)
+    return data.classifier(name, _arrays(head), kind="linear", blocks=blocks, mean_patch=mean_patch)
 
 
 def _arrays(head: Any) -> dict[str, np.ndarray]:
@@ -269,13 +266,13 @@ def _by_epoch(history: EpochMetrics, best: int) -> dict[str, Any]:
     return {"best_epoch": best + 1, "epochs": len(curves["train_loss"]), "curves": curves}
 
 
-_FITS: dict[str, Callable[[TrainingData, Settings], Fit]] = {
+_FITS: dict[str, Callable[[TrainingData, Any, int], Fit]] = {
     "knn": _fit_knn,
     "knn5": _fit_knn5,
     "linear": _fit_linear,
     "sweep": _fit_sweep,
     "logistic": _fit_logistic,
-    "mlp": lambda data, settings: _fit_mlp("mlp", data, settings, batch_size=64, shuffle=False),
-    "mlp_shuffled": lambda data, settings: _fit_mlp("mlp_shuffled", data, settings, batch_size=32, shuffle=True),
+    "mlp": partial(_fit_mlp, "mlp", batch_size=64, shuffle=False),
+    "mlp_shuffled": partial(_fit_mlp, "mlp_shuffled", batch_size=32, shuffle=True),
     "svc": _fit_svc,
 }

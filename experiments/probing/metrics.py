@@ -1,4 +1,4 @@
-"""What predictions are worth: scikit-learn's metrics with bootstrap intervals, and every prediction as a table."""
+"""Metrics of predictions: scikit-learn's, with bootstrap intervals; and every prediction as a table."""
 
 import csv
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ TOP = 5
 _RESAMPLES_AT_ONCE = 50
 
 
-def evaluate(
+def compute_metrics(
     labels: Int[np.ndarray, " images"], prediction: Prediction, class_names: Sequence[str], *, seed: int = 0
 ) -> dict[str, Any]:
     """Metrics of one set of predictions, as JSON.
@@ -61,9 +61,9 @@ def evaluate(
 def resample_metrics(
     confusion: Int[np.ndarray, "classes classes"], rng: np.random.Generator
 ) -> dict[str, Float[np.ndarray, " resamples"]]:
-    """Accuracy and averaged precision, recall and F1 of images drawn anew with replacement.
+    """Accuracy and averaged precision, recall and F1 of images resampled with replacement.
 
-    All of them depend on the counts of the confusion matrix alone, and those of redrawn images are multinomial: the
+    All of them depend on the counts of the confusion matrix alone, and those of resampled images are multinomial: the
     counts are drawn at once instead of images one by one.
     """
     from scipy.sparse import csr_array

@@ -1,49 +1,143 @@
-"""What a run of the probes shows: the table of all classifiers, and their figures."""
+"""The report of an evaluation: the table of all probes and networks, and its figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.data.splits import Dataset
-from experiments.probing.classifiers import TITLES, Features, pick_tokens
-from experiments.probing.fitting import ON_TEST
-from experiments.probing.judging import Judged
-from experiments.runs.measure import Cost
+from experiments.features.parts import CLS, MEAN_PATCH, PIXELS
+from experiments.probing.classifiers import TITLES
+from experiments.probing.networks import UNTRAINED
+from experiments.probing.pipeline import CHOSEN, Row
 
-_EXAMPLES = 16  # right ones, and as many wrong ones
-_MAP_IMAGES = 3000
+FEATURE_TITLES = {CLS: "CLS", MEAN_PATCH: "mean patch", PIXELS: "raw", CHOSEN: "chosen"}
+_WIDTH = 15
+_FEW_SHOT = {"1nn": "1-NN", "knn": "k-NN", "linear": "linear"}
+_ORDER = ("knn_", "knn5", "linear", "sweep", "logistic", "mlp", "svc", "")
+_PROBES = TITLES | {
+    "knn5": "k-NN, Euclidean, k = 5",
+    "knn5_crops": "k-NN, Euclidean, k = 5, crops",
+    "linear_crops": "linear, Adam, crops",
+}
 
 
-def table(judged: Mapping[str, Judged], few_shot: Mapping[str, Sequence[float]], shots: int) -> str:
-    """All classifiers, one a line: per cent, seconds and MiB."""
+def in_order(probes: Iterable[str]) -> list[str]:
+    """Probes in the order of tables and figures, each once: neighbours, linear ones, others, few-shot."""
+    return sorted(dict.fromkeys(probes), key=lambda probe: next(i for i, x in enumerate(_ORDER) if probe.startswith(x)))
+
+
+def probe_title(probe: str) -> str:
+    """A probe's name as tables and figures show it."""
+    shots, few_shot, method = probe.partition("_shot_")
+    if few_shot:
+        return f"{shots}-shot {_FEW_SHOT[method]}"
+    if probe.startswith("knn_"):
+        return f"k-NN, weighted cosine, k = {probe.removeprefix('knn_')}"
+    return _PROBES[probe]
+
+
+def table(rows: Sequence[Row], test_images: int, folds: int) -> str:
+    """Per cent: one line for each probe, one column for each network and part of the features."""
+    cells = {(row.network, CLS if row.features == CHOSEN else row.features, row.probe): row for row in rows}
+    columns = list(dict.fromkeys(place[:2] for place in cells))
     lines = [
-        f"{'':23}{'test %':>7}  {'95 % interval':14}{'train %':>8}{'gap':>7}{'F1 %':>7}   {'fit s':>7}{'MiB':>7}"
-        f"   {'predict s':>9}{'MiB':>7}   choice"
+        " " * 31 + "".join(f"{network:>{_WIDTH}}" for network, _ in columns),
+        " " * 31 + "".join(f"{FEATURE_TITLES[features]:>{_WIDTH}}" for _, features in columns),
     ]
-    for name, one in judged.items():
-        test, train = one.metrics["test"], one.metrics["train"]
-        low, high = (f"{100 * end:.2f}" for end in test["interval"]["accuracy"])
-        lines.append(
-            f"{TITLES[name]:23}{100 * test['accuracy']:7.2f}  {f'{low} – {high}':14}{100 * train['accuracy']:8.2f}"
-            f"{100 * (train['accuracy'] - test['accuracy']):7.2f}{100 * test['weighted_f1']:7.2f}   "
-            f"{one.fit_cost.seconds:7.1f}{_mib(one.fit_cost)}   {one.predict_cost.seconds:9.2f}"
-            f"{_mib(one.predict_cost)}   {_choice(one)}"
-        )
-    for method, accuracies in few_shot.items():
-        percent = 100 * np.asarray(accuracies)
-        deviation = f"± {percent.std(ddof=1):.2f}" if len(percent) > 1 else ""
-        label = {"1nn": "1-NN", "knn": "k-NN"}.get(method, method)
-        lines.append(
-            f"{f'{shots}-shot {label}':23}{percent.mean():7.2f}  {deviation:14}{'':51}   "
-            f"mean and deviation of {len(percent)} draws of {shots} images a class"
-        )
+    for probe in in_order(row.probe for row in rows):
+        found = [cells.get((*column, probe)) for column in columns]
+        shown = "".join(f"{cell(row) if row else '':>{_WIDTH}}" for row in found)
+        lines.append(f"{probe_title(probe):31}{shown}".rstrip())
+    lines += ["", *(_choice(row) for row in rows if row.probe == "sweep"), _explanation(rows, test_images, folds)]
     return "\n".join(lines)
 
 
+def cell(row: Row) -> str:
+    """Per cent, with the deviation where there is one."""
+    shown = f"{100 * row.accuracy:.2f}"
+    return shown if row.deviation is None else f"{shown} ± {100 * row.deviation:.2f}"
+
+
+def _choice(row: Row) -> str:
+    best, several = row.details["best"], ", first fold" if len(row.accuracies) > 1 else ""
+    blocks = "CLS" if best["blocks"] == 1 else f"CLS of {best['blocks']} blocks"
+    features = blocks + (" and mean patch" if best["mean_patch"] else "")
+    rate = f"learning rate {best['learning_rate']:g}"
+    return f"52 heads, {row.network}{several}: {features}, {rate}, {row.details['selection']}"
+
+
+def _explanation(rows: Sequence[Row], test_images: int, folds: int) -> str:
+    halves = [100 * (row.interval[1] - row.interval[0]) / 2 for row in rows if row.interval]
+    words = [f"Per cent of the {test_images:,} test images that are classified correctly"]
+    if halves:
+        words.append(f"95 % intervals over them are ± {max(halves):.1f} or less")
+    deviations = ["folds"] * (folds > 1) + ["draws of few-shot"] * any("_shot_" in r.probe for r in rows)
+    if deviations:
+        words.append(f"± in the table is the deviation over {' and '.join(deviations)}")
+    return "; ".join(words) + "."
+
+
+def save_accuracies(path: Path, rows: Sequence[Row], *, title: str) -> None:
+    """Each accuracy as a point with its interval or deviation: one colour per network, hollow for mean patches."""
+    from matplotlib.figure import Figure
+
+    from experiments.figures.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, save_figure, style
+
+    probes = in_order(row.probe for row in rows)
+    series = list(dict.fromkeys((row.network, CLS if row.features == CHOSEN else row.features) for row in rows))
+    colors = {"teacher": BLUE, "student": ORANGE, UNTRAINED: MUTED, PIXELS: RED}
+    figure = Figure(figsize=(9, 1.6 + 0.42 * len(probes)), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    for number, (network, features) in enumerate(series):
+        hollow = features == MEAN_PATCH
+        mine = [row for row in rows if row.network == network and (row.features == MEAN_PATCH) == hollow]
+        heights = [probes.index(row.probe) + 0.7 * ((number + 0.5) / len(series) - 0.5) for row in mine]
+        color = colors.get(network, GREEN)
+        axes.errorbar(
+            [100 * row.accuracy for row in mine], heights, xerr=np.array([_errors(row) for row in mine]).T,
+            fmt="o", ms=5, lw=1, color=color, mfc="white" if hollow else color,
+            label=f"{network}, {FEATURE_TITLES[features]}",
+        )  # fmt: skip
+    style(axes, "accuracy on the test images (%)", "")
+    axes.set_yticks(range(len(probes)), [probe_title(probe) for probe in probes])
+    axes.set_ylim(len(probes) - 0.5, -0.5)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
+    figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
+    save_figure(figure, path)
+
+
+def _errors(row: Row) -> tuple[float, float]:
+    if row.interval:
+        return 100 * (row.accuracy - row.interval[0]), 100 * (row.interval[1] - row.accuracy)
+    return (100 * (row.deviation or 0.0),) * 2
+
+
+def save_probe_curves(folder: Path, rows: Sequence[Row], subject: str) -> None:
+    """curves_NETWORK_FEATURES.png: loss and accuracy of the linear probe on crops by epoch."""
+    for row in rows:
+        if row.probe == "linear_crops":
+            save_fit_curves(
+                folder / f"curves_{'_'.join(dict.fromkeys([row.network, row.features]))}.png",
+                row.details,
+                selected_on="held-out training images",
+                title=f"Linear probe on crops, {row.network}, {FEATURE_TITLES[row.features]}: {subject}",
+            )
+
+
+def save_fit_curves(path: Path, details: Mapping[str, Any], *, selected_on: str, title: str) -> None:
+    """Loss and accuracy by epoch, from the details of a fit; `selected_on` names the images of the selection."""
+    from experiments.figures.examples import save_curves
+
+    train, heldout = (
+        {key: np.asarray(details["curves"][f"{part}_{key}"]) for key in ("loss", "accuracy")}
+        for part in ("train", "heldout")
+    )
+    save_curves(path, train, heldout, best_epoch=details["best_epoch"] - 1, heldout_name=selected_on, title=title)
+
+
 def listing(folder: Path, files: Sequence[str]) -> str:
-    """The files of a run, those of several classifiers on one line."""
+    """The files of a run; those of several classifiers stand on one line."""
     families: dict[str, list[str]] = {}
     for file in files:
         stem, _, suffix = file.partition(".")
@@ -54,126 +148,3 @@ def listing(folder: Path, files: Sequence[str]) -> str:
         f"  {folder / family}" + (f"   {', '.join(names)}" if "*" in family else "")
         for family, names in families.items()
     )
-
-
-def _mib(cost: Cost) -> str:
-    return f"{'–':>7}" if cost.peak_mib is None else f"{cost.peak_mib:7.0f}"
-
-
-def _choice(judged: Judged) -> str:
-    details, settings = judged.fit.details, judged.fit.classifier.settings
-    if "k" in settings:
-        others = ", ".join(f"k={k} {100 * a:.2f}" for k, a in judged.metrics["by_k"].items() if k != settings["k"])
-        return f"k={settings['k']}" + (f"   ({others})" if others else "")
-    if "best_epoch" in details:
-        return f"epoch {details['best_epoch']} of {details['epochs']}, {judged.fit.selection}"
-    if "best" in details:
-        shown = {"learning_rate": "lr", "mean_patch": "mean patch"}
-        best = ", ".join(f"{shown.get(k, k)} {_number(v)}" for k, v in details["best"].items() if k != "accuracy")
-        return f"{best}, {judged.fit.selection}"
-    return f"{details['support_vectors']:,} support vectors, no probabilities"
-
-
-def _number(value: Any) -> str:
-    return ("no", "yes")[value] if isinstance(value, bool) else f"{value:.3g}"
-
-
-def draw(folder: Path, dataset: Dataset, judged: Mapping[str, Judged], *, subject: str, seed: int) -> None:
-    """Every figure of the classifiers; `subject` says in every title what was classified with what."""
-    from experiments.figures.results import save_bars, save_confusion
-
-    note = f" ({ON_TEST})" if any(one.fit.selection == ON_TEST for one in judged.values()) else ""
-    metrics = {name: one.metrics for name, one in judged.items()}
-    save_bars(folder / "metrics.png", metrics, TITLES, title=f"{subject}{note}")
-    for name, one in judged.items():
-        accuracy = 100 * one.metrics["test"]["accuracy"]
-        note = f", {ON_TEST}" if one.fit.selection == ON_TEST else ""
-        title = f"{TITLES[name]}{note}: {accuracy:.1f} % of the test images are right\n{subject}"
-        confusion = np.array(one.metrics["test"]["confusion"])
-        save_confusion(folder / f"confusion_{name}.png", confusion, dataset.class_names, title=title)
-        _draw_training(folder, one, subject)
-        _draw_examples(folder, dataset, one, subject, seed)
-
-
-def _draw_training(folder: Path, judged: Judged, subject: str) -> None:
-    """Curves by epoch, or accuracy over the grid of settings."""
-    from experiments.figures.examples import save_curves
-    from experiments.figures.results import save_grid
-
-    name, details = judged.fit.classifier.name, judged.fit.details
-    title = f"{TITLES[name]}, {judged.fit.selection}\n{subject}"
-    images = "test images" if judged.fit.selection == ON_TEST else "held-out training images"
-    if "curves" in details:
-        train, heldout = (
-            {key: np.asarray(details["curves"][f"{part}_{key}"]) for key in ("loss", "accuracy")}
-            for part in ("train", "heldout")
-        )
-        options = {"best_epoch": details["best_epoch"] - 1, "heldout_name": images}
-        save_curves(folder / f"curves_{name}.png", train, heldout, **options, title=title)
-    if "grid" in details:
-        x = "C" if name == "logistic" else "learning_rate"
-        lines: dict[str, list[float]] = {}
-        for point in details["grid"]:
-            lines.setdefault(_variant(point), []).append(point["accuracy"])
-        save_grid(
-            folder / f"selection_{name}.png",
-            list(dict.fromkeys(point[x] for point in details["grid"])),
-            lines,
-            (details["best"][x], details["best"]["accuracy"]),
-            xlabel={"C": "C (inverse strength of the penalty)"}.get(x, "learning rate at batch 256"),
-            ylabel=f"accuracy on {images} (%)",
-            title=title,
-        )
-
-
-def _variant(point: Mapping[str, Any]) -> str:
-    if "blocks" not in point:
-        return "logistic regression"
-    blocks = "CLS" if point["blocks"] == 1 else f"CLS of {point['blocks']} blocks"
-    return blocks + (" and mean patch" if point["mean_patch"] else "")
-
-
-def _draw_examples(folder: Path, dataset: Dataset, judged: Judged, subject: str, seed: int) -> None:
-    """Right and wrong images of both splits, drawn at random."""
-    from experiments.figures.examples import save_predictions
-
-    name = judged.fit.classifier.name
-    for split, prediction in ((dataset.train, judged.train), (dataset.test, judged.test)):
-        hits = prediction.classes == split.labels
-        order = np.random.default_rng(seed).permutation(len(hits))
-        chosen = np.concatenate([order[hits[order]][:_EXAMPLES], order[~hits[order]][:_EXAMPLES]])
-        save_predictions(
-            folder / f"examples_{name}_{split.name}.png",
-            [split.read(int(i)) for i in chosen],
-            split.labels[chosen],
-            prediction.classes[chosen],
-            prediction.confidence[chosen],
-            dataset.class_names,
-            title=f"{TITLES[name]}: {100 * hits.mean():.1f} % of the {split.name} images are right · {subject}",
-        )
-
-
-def draw_map(folder: Path, dataset: Dataset, features: Features, *, method: str, subject: str, seed: int) -> None:
-    """The test images in the plane, by the last CLS token: "pca" or "tsne"."""
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
-
-    from experiments.figures.results import save_map
-
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(features))[:_MAP_IMAGES])
-    inputs = pick_tokens(features[chosen]).astype(np.float64)
-    if method == "tsne":
-        perplexity = min(30, (len(inputs) - 1) / 3)
-        with threadpool_limits(1):  # its threads would spin for cores that JAX's hold: many times slower
-            points = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(inputs)
-        axis_labels = ("t-SNE 1", "t-SNE 2")
-    else:
-        pca = PCA(2, svd_solver="full").fit(inputs)
-        points = pca.transform(inputs)
-        axis_labels = tuple(
-            f"component {i + 1} ({100 * r:.0f} % of the variance)" for i, r in enumerate(pca.explained_variance_ratio_)
-        )
-    labels = dataset.test.labels[chosen]
-    title = f"Features of {len(chosen):,} test images by class\n{subject}"
-    save_map(folder / "map.png", points, labels, dataset.class_names, axis_labels=axis_labels, title=title)

@@ -61,26 +61,26 @@ def test_features_are_the_last_class_tokens_and_the_mean_patch(tmp_path, depth):
     (features,) = make_extractor(tmp_path, model).extract([images.split])
     layers = model.get_intermediate_layers(normalised(images.split), n=min(4, depth), return_class_token=True)
     expected = [cls_token for _, cls_token in layers] + [layers[-1][0].mean(axis=1)]
-    assert features.shape == (13, min(4, depth) + 1, 24)
-    np.testing.assert_allclose(features, np.stack(expected, axis=1), atol=2e-5)
+    assert features.cls.shape == (13, min(4, depth), 24)
+    np.testing.assert_allclose(features.tokens, np.stack(expected, axis=1), atol=2e-5)
     whole = model(normalised(images.split))
-    np.testing.assert_allclose(features[:, features_module.LAST_CLS], whole.cls_token, atol=2e-5)
-    np.testing.assert_allclose(features[:, features_module.MEAN_PATCH], whole.patch_tokens.mean(axis=1), atol=2e-5)
+    np.testing.assert_allclose(features.vectors(), whole.cls_token, atol=2e-5)
+    np.testing.assert_allclose(features.mean_patch, whole.patch_tokens.mean(axis=1), atol=2e-5)
 
 
 def test_bfloat16_is_close_and_returned_as_float32(tmp_path):
     images = Images()
     (full,) = make_extractor(tmp_path).extract([images.split])
     (half,) = make_extractor(tmp_path, dtype="bfloat16").extract([images.split])
-    assert half.dtype == np.float32
-    assert 1e-4 < np.abs(half - full).max() < 0.04  # 0.020 measured, of features up to 2.1
+    assert half.cls.dtype == np.float32
+    assert 1e-4 < np.abs(half.tokens - full.tokens).max() < 0.04  # 0.020 measured, of features up to 2.1
 
 
 def test_pixels_are_normalised_as_the_model_expects(tmp_path):
     model, images, (mean, std) = make_model(), Images(), ([0.5, 0.4, 0.3], [0.3, 0.2, 0.1])
     (features,) = make_extractor(tmp_path, model, normalisation=(mean, std)).extract([images.split])
     whole = model(normalised(images.split, mean, std))
-    np.testing.assert_allclose(features[:, features_module.LAST_CLS], whole.cls_token, atol=2e-5)
+    np.testing.assert_allclose(features.vectors(), whole.cls_token, atol=2e-5)
 
 
 def test_several_splits_and_any_batch_size_give_the_same(tmp_path):
@@ -88,14 +88,14 @@ def test_several_splits_and_any_batch_size_give_the_same(tmp_path):
     together = make_extractor(tmp_path / "a").extract([train.split, test.split])
     for images, features in zip((train, test), together):
         (alone,) = make_extractor(tmp_path / "b", batch_size=64).extract([images.split])
-        np.testing.assert_allclose(features, alone, atol=1e-5)
+        np.testing.assert_allclose(features.tokens, alone.tokens, atol=1e-5)
 
 
 def test_a_second_call_reads_no_image(tmp_path, capsys):
     images = Images()
-    first = make_extractor(tmp_path).extract([images.split])
-    second = make_extractor(tmp_path).extract([images.split])
-    np.testing.assert_array_equal(first, second)
+    (first,) = make_extractor(tmp_path).extract([images.split])
+    (second,) = make_extractor(tmp_path).extract([images.split])
+    np.testing.assert_array_equal(first.tokens, second.tokens)
     assert (images.reads == 1).all()
     assert "all 13 images from the cache" in capsys.readouterr().out
     (folder,) = (tmp_path / "features").iterdir()
@@ -120,7 +120,7 @@ def test_other_weights_or_transforms_are_not_taken_from_the_cache(tmp_path, chan
     assert (images.reads == 2).all()
 
 
-@pytest.mark.parametrize("interruption", [UserError("image 7 is no readable image"), KeyboardInterrupt()])
+@pytest.mark.parametrize("interruption", [UserError("image 7 is not a readable image"), KeyboardInterrupt()])
 def test_after_an_interruption_the_finished_shards_are_kept(tmp_path, interruption):
     images = Images()
     images.broken[7] = interruption
@@ -131,7 +131,7 @@ def test_after_an_interruption_the_finished_shards_are_kept(tmp_path, interrupti
     (resumed,) = make_extractor(tmp_path).extract([images.split])
     assert (images.reads[:5] == before[:5]).all()
     (fresh,) = make_extractor(tmp_path / "fresh").extract([images.split])
-    np.testing.assert_array_equal(resumed, fresh)
+    np.testing.assert_array_equal(resumed.tokens, fresh.tokens)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1])])
@@ -141,7 +141,7 @@ def test_a_damaged_shard_is_computed_again(tmp_path, damage):
     (shard,) = tmp_path.glob("features/*/00001.safetensors")
     shard.write_bytes(damage(shard.read_bytes()))
     (second,) = make_extractor(tmp_path).extract([images.split])
-    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first.tokens, second.tokens)
     assert images.reads.tolist() == [1] * 5 + [2] * 5 + [1] * 3
 
 
@@ -178,14 +178,14 @@ def test_features_that_are_not_finite_are_refused_and_not_cached(tmp_path):
 
 
 def test_sizes_that_the_patch_does_not_divide_are_refused_for_dinov2_alone(tmp_path):
-    with pytest.raises(UserError, match="--image-size 30 is no multiple of the model's patch size 14; take 28 or 42"):
+    with pytest.raises(UserError, match="--image-size 30 is not a multiple of the model's patch size 14; take 28 or 42"):
         make_extractor(tmp_path, image_size=30)
     with pytest.raises(UserError, match="--image-size 13 is smaller than one patch"):
         make_extractor(tmp_path, image_size=13)
     config = ViTConfig(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
     model = VisionTransformer(config, rngs=nnx.Rngs(0))
     (features,) = make_extractor(tmp_path, model, image_size=30).extract([Images().split])
-    assert features.shape == (13, 2, 24)
+    assert features.tokens.shape == (13, 2, 24)
 
 
 def test_long_work_is_announced_early_with_what_makes_it_shorter(tmp_path, monkeypatch, capsys):
