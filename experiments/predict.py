@@ -1,18 +1,18 @@
-"""Classifies images from anywhere with the classifiers that a run of cifar10_probe has saved.
+"""Classifies images with the classifiers that a run of cifar10_probe or finetune_folder has saved.
 
     python -m experiments.predict cat.jpg --run runs/cifar10_probe/20250101-120000
     python -m experiments.predict path/to/images --run RUN_DIR --classifiers linear,knn
 
-Nothing is fitted again. The backbone must be the one of the run, down to its last parameter. In a folder, which is
-searched at any depth, files that are no readable images are named and left out. The output folder gets
-predictions.csv, predictions.png with the first 12 images, and config.json.
+Nothing is trained. The backbone must be the one of the run, down to its last parameter. A folder is searched at any
+depth; its files that are not readable images are named and left out. The output folder gets predictions.csv,
+predictions.png with the first 12 images, and config.json.
 """
 
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import tyro
@@ -20,10 +20,12 @@ import tyro
 from dinojax.commands import exit_on_user_error
 from dinojax.errors import UserError
 from experiments.features.backbones import is_random, load_backbone
-from experiments.runs.settings import require_positive
+from experiments.runs.command_line import command_line
+from experiments.runs.settings import UNIMPORTANT, BatchSettings, Flags, FolderSettings, check_bounds, flat
 
 if TYPE_CHECKING:
     from experiments.data.splits import Split
+    from experiments.features.parts import FeatureParts
     from experiments.probing.classifiers import Prediction
 
 _DRAWN = 12
@@ -31,46 +33,56 @@ _PRINTED = 40
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Classes and probabilities of images; see the top of this file."""
+class RunBackbone(BatchSettings):
+    """The backbone of the run."""
 
-    image: tyro.conf.Positional[Path]
-    """A JPEG, PNG, WebP … or a folder of them."""
-    run: Path
-    """The folder that cifar10_probe wrote."""
-    classifiers: str = "all"
-    """"all" that the run has saved, or some of them, such as linear,knn."""
     weights: str | None = None
-    """Where the backbone of the run is now, if it was moved."""
-    batch_size: int | None = None
-    """Images per forward pass. Default: what the cache of a CPU holds, 256 on a GPU or TPU."""
-    out: Path | None = None
-    """The folder to write to. Default: RUN/predictions/<date-time>."""
-    cache_dir: Path = Path("~/.cache/dinojax")
-    """Where features and downloaded weights are kept."""
+    """Present place of the backbone. None takes the place that the run has recorded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionFolders(FolderSettings):
+    """The folders that are written to."""
+
+    out: Annotated[Path | None, UNIMPORTANT] = None
+    """Output folder. None takes RUN/predictions/<date-time>."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Classes and probabilities of images."""
+
+    image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
+    """An image file (JPEG, PNG, WebP and others), or a folder of them."""
+    run: Path
+    """Output folder of cifar10_probe, or folder of one mode of finetune_folder."""
+    classifiers: str = "all"
+    """Comma-separated classifiers that the run has saved, such as linear,knn, or all of them."""
+    model: Flags[RunBackbone] = RunBackbone()
+    output: Flags[PredictionFolders] = PredictionFolders()
 
 
 def run(config: Config) -> dict[str, "Prediction"]:
-    """Classifies the images; returns the predictions by classifier, for the readable images in order of their names.
+    """Classifies the readable images, in the order of their names; returns the predictions of each classifier.
 
     Raises:
-        UserError: no images, no such run or classifier, or a backbone that is not the run's.
+        UserError: images, a run or a classifier that does not exist, or a backbone that is not the run's.
     """
     from experiments.figures.results import save_answers
     from experiments.probing.classifiers import FINETUNED, TITLES, load_classifiers, read_index
     from experiments.runs import records
 
-    require_positive(config, ["batch_size"])
+    check_bounds(config)
     folder = config.run.expanduser()
     index = read_index(folder)
     if "normalisation" not in index:
         raise UserError(
-            f"{folder}/classifiers.json is of an earlier version, which kept no normalisation; repeat that run"
+            f"{folder}/classifiers.json was written by an earlier version, without the normalisation; repeat that run"
         )
     names = None if config.classifiers == "all" else [name.strip() for name in config.classifiers.split(",")]
     classifiers = load_classifiers(folder, names)
     split = _images(config.image.expanduser())
-    out = config.out or folder / "predictions" / time.strftime("%Y%m%d-%H%M%S")
+    out = config.output.out or folder / "predictions" / time.strftime("%Y%m%d-%H%M%S")
     with records.run_folder(out) as partial:
         features = _features(config, index, split)
         found = {classifier.name: classifier.predict(features) for classifier in classifiers}
@@ -84,7 +96,7 @@ def run(config: Config) -> dict[str, "Prediction"]:
         title = f"{index['weights']}{_untrained(index)}, {index['image_size']} px"
         pictures = [split.read(i) for i in drawn]
         save_answers(partial / "predictions.png", pictures, [split.ids[i] for i in drawn], answers, title=title)
-        records.write_json(partial / records.CONFIG_FILE, dataclasses.asdict(config))
+        records.write_json(partial / records.CONFIG_FILE, flat(config))
     _print(split, found, index)
     for file in ("predictions.csv", "predictions.png"):
         print(f"  {out / file}")
@@ -92,59 +104,40 @@ def run(config: Config) -> dict[str, "Prediction"]:
 
 
 def _images(path: Path) -> "Split":
-    """One image, or the readable ones of a folder; what is left out is named."""
-    from experiments.data.splits import SUFFIXES, Split, decode_rgb, digest
+    """One image, or the readable ones of a folder."""
+    from experiments.data.splits import Split, decode_rgb, digest, file_stamp, readable_images
 
-    if not path.exists():
-        raise UserError(f"{path}: there is no such image or folder")
-    files, root = [path], path.parent
-    if path.is_dir():
-        candidates = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        files, root = sorted(file for file in candidates if not file.name.startswith(".")), path
-    readable, unreadable = [], []
-    for file in files:
-        try:
-            decode_rgb(file, str(file))
-            readable.append(file)
-        except UserError as error:
-            unreadable.append(error)
-    if unreadable and not readable:
-        raise unreadable[0]
-    if not readable:
-        raise UserError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
-    for error in unreadable:
-        print(f"left out: {error}")
-    stamps = [f"{file.resolve()}\0{file.stat().st_size}\0{file.stat().st_mtime_ns}\n" for file in readable]
+    files, root = list(readable_images([path])), path if path.is_dir() else path.parent
     return Split(
-        "outside",
-        [str(file.relative_to(root)) for file in readable],
-        np.zeros(len(readable), np.int64),
-        lambda i: decode_rgb(readable[i], str(readable[i])),
-        digest(*stamps),
+        "new",
+        [str(file.relative_to(root)) for file in files],
+        np.zeros(len(files), np.int64),
+        lambda i: decode_rgb(files[i], str(files[i])),
+        digest(*(file_stamp(str(file.resolve()), file) for file in files)),
     )
 
 
-def _features(config: Config, index: Mapping[str, Any], split: "Split") -> np.ndarray:
-    """As the run made them, by the same backbone."""
+def _features(config: Config, index: Mapping[str, Any], split: "Split") -> "FeatureParts":
+    """Features of the images, computed as in the run."""
     from experiments.features.extractor import FeatureExtractor
 
-    weights, cache_dir = config.weights or index["weights"], config.cache_dir.expanduser()
+    weights, cache_dir = config.model.weights or index["weights"], config.output.cache_dir.expanduser()
     backbone = load_backbone(weights, seed=index["seed"], cache_dir=cache_dir)
     extractor = FeatureExtractor(
         backbone.model,
         normalisation=index["normalisation"],
         image_size=index["image_size"],
         dtype=index["dtype"],
-        batch_size=config.batch_size,
+        batch_size=config.model.batch_size,
         cache_dir=cache_dir,
     )
     if extractor.fingerprint != index["weights_fingerprint"]:
         raise UserError(
             f"--weights {weights} is not the backbone of {config.run}: its parameters have changed since "
             f"(fingerprint {extractor.fingerprint[:12]}, the run has {index['weights_fingerprint'][:12]}); "
-            "pass the former as --weights, or repeat the run"
+            "pass the unchanged backbone as --weights, or repeat the run"
         )
-    if "interpolation" in index:  # a model of finetune_folder, which resizes to more than it cuts out
+    if "interpolation" in index:  # of finetune_folder, which resizes to more than it crops
         from experiments.data.squares import centre_cropped
 
         split = centre_cropped(split, index["resize"], index["image_size"], interpolation=index["interpolation"])
@@ -164,7 +157,7 @@ def _write_csv(path: Path, split: "Split", found: Mapping[str, "Prediction"], cl
 
 
 def _print(split: "Split", found: Mapping[str, "Prediction"], index: Mapping[str, Any]) -> None:
-    """Images down, classifiers across; an SVC gives a class without a probability."""
+    """Prints a table with a row for each image and a column for each classifier. An SVC gives no probability."""
     class_names, shown = index["class_names"], range(min(_PRINTED, len(split)))
     width = min(40, max(len("file"), *(len(split.ids[i]) for i in shown)))
     columns = {}
@@ -189,7 +182,7 @@ def _untrained(index: Mapping[str, Any]) -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     with exit_on_user_error():
-        run(tyro.cli(Config, args=args, description=__doc__))
+        run(command_line(Config, "experiments.predict", __doc__, args))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
-"""Labelled images by name: scikit-learn's digits, a folder of class folders, Tiny-ImageNet, TensorFlow Datasets.
-
-Each becomes a `Dataset` of two `Split`s whose images are decoded one by one, when they are asked for.
-"""
+"""Labelled images: a `Dataset` has two `Split`s, whose images are decoded one by one when they are needed."""
 
 import dataclasses
 import hashlib
 import io
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +25,11 @@ class Split:
     """Labelled images in a fixed order.
 
     Attributes:
-        name: "train" or "test".
-        ids: what names each image to the user: a path inside the data set's folder, or a number.
-        labels: the class index of each image.
-        read: decodes image `i` to RGB; raises `UserError` with its name where it is damaged.
-        fingerprint: differs where the images or their order differ; the key of whatever is computed from them.
+        name: "train", "validation" or "test".
+        ids: name of each image for the user: a path inside the folder of the data set, or a number.
+        labels: class index of each image.
+        read: decodes image `i` to RGB; a damaged image raises a `UserError` that names it.
+        fingerprint: hash that changes with the images and their order; part of the key of cached features.
     """
 
     name: str
@@ -57,7 +54,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Images to learn from and images to be judged on; `notes` are sentences the user should read."""
+    """Images to learn from and images to evaluate on; `notes` are sentences that the user should read."""
 
     name: str
     class_names: tuple[str, ...]
@@ -81,7 +78,7 @@ def decode_rgb(file: Path | io.BytesIO, name: str) -> Pixels:
     uses), 16-bit images are scaled to 8 bits.
 
     Raises:
-        UserError: what is in the file is no whole image; `name` is in the message.
+        UserError: the file is not a whole image; the message has its `name`.
     """
     try:
         with Image.open(file) as image:
@@ -92,25 +89,31 @@ def decode_rgb(file: Path | io.BytesIO, name: str) -> Pixels:
                 image = image.convert("RGBA")
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{name} is no readable image ({error}); replace or remove it") from error
+        raise UserError(f"{name} is not a readable image ({error}); replace or remove it") from error
 
 
 def limit_images(split: Split, count: int | None, flag: str, seed: int) -> Split:
-    """At most `count` images, drawn from every class in proportion; `flag` is what the user set.
+    """At most `count` images, drawn from every class in proportion to its size.
+
+    Args:
+        split: of any size.
+        count: None keeps all images.
+        flag: the user's name of `count`.
+        seed: of the draw.
 
     Raises:
-        UserError: less than one image a class.
+        UserError: fewer than one image per class.
     """
     if count is None or count >= len(split):
         return split
     classes = len(np.unique(split.labels))
     if count < classes:
-        raise UserError(f"{flag} {count} is less than one image for each of the {classes} classes; raise it")
+        raise UserError(f"{flag} {count} is fewer than one image for each of the {classes} classes; raise it")
     return split.subset(stratified_subset(split.labels, count, seed))
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images in a folder and below, in the order of their paths; nothing hidden."""
+    """The image files of a folder at any depth, sorted by path, without hidden ones."""
     return sorted(
         Path(place, name)
         for place, _, names in os.walk(folder)
@@ -119,11 +122,53 @@ def image_files(folder: Path) -> list[Path]:
     )
 
 
+def readable_images(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
+    """Height and width of images, given as files or as folders that are searched at any depth.
+
+    Files of a folder that are not readable images are left out, and named on stdout.
+
+    Raises:
+        UserError: a path that does not exist, a file that is not a readable image, or a folder without any.
+    """
+    sizes = {}
+    for path in map(Path.expanduser, paths):
+        if not path.exists():
+            raise UserError(f"{path}: there is no such image or folder")
+        files, errors = image_files(path) if path.is_dir() else [path], []
+        if not files:
+            raise UserError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
+        for file in files:
+            try:
+                sizes[file] = decode_rgb(file, str(file)).shape[:2]
+            except UserError as error:
+                errors.append(error)
+        if len(errors) == len(files):
+            raise errors[0]
+        for error in errors:
+            print(f"left out: {error}")
+    return sizes
+
+
 def split_of_files(root: Path, name: str, files: dict[str, list[Path]], classes: Sequence[str]) -> Split:
-    """Images by class as a split; the labels count through `classes`, the ids are paths inside `root`."""
+    """Images by class as a split: labels are indices of `classes`, ids are paths inside `root`.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
     paths = [path for found in files.values() for path in found]
     labels = np.repeat([classes.index(name) for name in files], [len(found) for found in files.values()])
     ids = [str(path.relative_to(root)) for path in paths]
-    # Size and time of change stand for the content: reading it all would take as long as decoding it.
-    stamps = (f"{i}\0{stat.st_size}\0{stat.st_mtime_ns}\n" for i, stat in zip(ids, (path.stat() for path in paths)))
-    return Split(name, ids, labels, lambda i: decode_rgb(paths[i], str(paths[i])), digest(*stamps))
+    return Split(name, ids, labels, lambda i: decode_rgb(paths[i], str(paths[i])), digest(*map(file_stamp, ids, paths)))
+
+
+def file_stamp(name: str, path: Path) -> str:
+    """A file's name, size and time of change, which stand for its content: reading all files would take long.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); replace or remove it") from error
+    return f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"

@@ -75,11 +75,16 @@ class ModelSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class BackboneSettings(ModelSettings):
-    """The backbone, and how it computes features."""
+class BatchSettings:
+    """How features are computed."""
 
     batch_size: Annotated[int | None, POSITIVE] = None
     """Images per forward pass. None takes as many as fit the cache of a CPU, or 256 on a GPU or TPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneSettings(BatchSettings, ModelSettings):
+    """The backbone, and how it computes features."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,15 +95,21 @@ class GivenBackbone(BackboneSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class RunSettings:
-    """The seed, and the folders that are written to."""
+class FolderSettings:
+    """The folders that are written to."""
 
-    seed: int = 0
-    """Random seed of everything that is drawn."""
     out: Annotated[Path | None, UNIMPORTANT] = None
     """Folder of the run. None takes a folder under runs/<command>/."""
     cache_dir: Annotated[Path, UNIMPORTANT] = CACHE_DIR
     """Folder of downloaded weights and cached features."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings(FolderSettings):
+    """The random seed, and the folders that are written to."""
+
+    seed: int = 0
+    """Random seed of everything that is drawn."""
 
 
 def create(kind: type[T], **values: Any) -> T:

@@ -231,7 +231,7 @@ def test_random_weights_follow_the_seed_and_the_name():
         (["--data", "missing/folder"], "--data missing/folder: there is no such folder"),
         (["--weights", "missing.pth"], "missing.pth: there is no such file or folder of weights"),
         (["--weights", "random:dino_vitx"], "'dino_vitx' is none of dino_vitt16, "),
-        (["--max-train", "5"], "--max-train 5 is less than one image for each of the 10 classes"),
+        (["--max-train", "5"], "--max-train 5 is fewer than one image for each of the 10 classes"),
         (["--epochs", "0"], "--epochs 0 is not a positive number"),
         (["--heldout-fraction", "1"], "--heldout-fraction 1.0 is not between 0 and 1"),
         (["--classifiers", "knn,svm"], "--classifiers knn,svm: 'svm' is none; did you mean svc?"),
@@ -265,7 +265,7 @@ def test_a_corrupt_image_stops_the_run_by_name_and_leaves_no_run_folder(config, 
     with pytest.raises(SystemExit) as stop:
         main(["--data", str(tmp_path / "data"), "--cache-dir", str(config.cache_dir), *flags])
     assert stop.value.code == 2
-    assert "train/b/2.png is no readable image" in capsys.readouterr().err
+    assert "train/b/2.png is not a readable image" in capsys.readouterr().err
     assert not config.out.exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

@@ -270,4 +270,4 @@ def test_a_file_that_is_no_image_is_named(place, tmp_path, capsys):
         )
     assert stop.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "green/1.png is no readable image" in last
+    assert last.startswith("error: ") and "green/1.png is not a readable image" in last

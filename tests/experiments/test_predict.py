@@ -18,6 +18,7 @@ from dinojax import UserError, VisionTransformer, ViTConfig
 from experiments import cifar10_probe, predict
 from experiments.data.digits import load_digits
 from experiments.features.extractor import FeatureExtractor
+from experiments.runs.settings import create
 
 REPOSITORY = Path(__file__).parents[2]
 NAMES = ("knn", "knn5", "linear", "sweep", "mlp", "svc")  # every kind of head
@@ -46,7 +47,7 @@ def place(tmp_path_factory):
 
 def config(place, image, **changes):
     options = {"run": place / "run", "cache_dir": place / "other cache", "out": place / "out", **changes}
-    return predict.Config(image, **options)
+    return create(predict.Config, image=image, **options)
 
 
 def rows(path):
@@ -109,11 +110,11 @@ def test_broken_images_of_a_folder_are_named_and_left_out_and_alone_refused(plac
     (tmp_path / "in" / "notes.txt").write_text("mine")
     predict.run(config(place, tmp_path / "in", out=tmp_path / "out", classifiers="linear"))
     said = capsys.readouterr().out
-    assert "left out: " in said and "broken.jpg is no readable image" in said
+    assert "left out: " in said and "broken.jpg is not a readable image" in said
     assert [row["file"] for row in rows(tmp_path / "out" / "predictions.csv")] == ["a/good.png"]
     for image in (broken, tmp_path / "in"):
         good.unlink(missing_ok=True)
-        with pytest.raises(UserError, match=r"broken\.jpg is no readable image"):
+        with pytest.raises(UserError, match=r"broken\.jpg is not a readable image"):
             predict.run(config(place, image, out=tmp_path / "refused"))
     assert not (tmp_path / "refused").exists()
 
@@ -155,7 +156,7 @@ def test_classifiers_of_an_earlier_version_are_named(place, tmp_path):
     index = json.loads((run / "classifiers.json").read_text())
     del index["normalisation"]
     (run / "classifiers.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"classifiers\.json is of an earlier version.*repeat that run"):
+    with pytest.raises(UserError, match=r"classifiers\.json was written by an earlier version.*repeat that run"):
         predict.run(config(place, next((place / "data" / "test").rglob("*.png")), run=run, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

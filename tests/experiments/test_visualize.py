@@ -21,6 +21,7 @@ from experiments import visualize
 from experiments.features.backbones import IMAGENET_MEAN, IMAGENET_STD, find_network, find_normalisation
 from experiments.figures import maps as map_figures
 from experiments.figures.clicking import await_click
+from experiments.runs.settings import create
 from experiments.visualize import Config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def place(tmp_path_factory):
 
 def config(place, *images, weights="model", **changes):
     options = {"out": place / "out", "cache_dir": place / "cache", "save_arrays": True, **changes}
-    return Config(str(place / weights), tuple(images), **options)
+    return create(Config, weights=str(place / weights), images=images, **options)
 
 
 def truth(model, pixels, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -119,7 +120,7 @@ def test_networks_and_normalisation_are_found(place, tmp_path):
 
 def test_the_shorter_side_becomes_the_image_size_and_the_rest_is_cut_off_right_and_below(place):
     image = Image.open(place / "images" / "wide.png")
-    (shown,) = visualize._pictures([(place / "images" / "wide.png", (23, 34))], config(place, image_size=30), 4)
+    (shown,) = visualize._pictures({place / "images" / "wide.png": (23, 34)}, 30, None, 4)
     assert shown.resized == (30, int(30 * 34 / 23)) and shown.size == (28, 44)
     resized = np.asarray(image.resize((44, 30), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(shown.read(), resized[:28, :44])
@@ -134,9 +135,9 @@ def test_bfloat16_is_near_float32(place, tmp_path):
     assert 0 < difference < 0.006  # 0.0027 measured
 
 
-def test_images_of_one_name_get_files_of_their_own(place):
-    shapes = [(Path(name), (8, 8)) for name in ("a/x.png", "b/x.jpg", "b/x_2.jpg", "c/X.png")]
-    names = [picture.name for picture in visualize._pictures(shapes, config(place), 4)]
+def test_images_of_one_name_get_files_of_their_own():
+    sizes = dict.fromkeys(map(Path, ("a/x.png", "b/x.jpg", "b/x_2.jpg", "c/X.png")), (8, 8))
+    names = [picture.name for picture in visualize._pictures(sizes, None, None, 4)]
     assert names == ["x", "x_2", "x_2_2", "X_3"]
 
 
@@ -144,19 +145,6 @@ def test_many_images_get_pages_of_pca(place, tmp_path, monkeypatch):
     monkeypatch.setattr(visualize, "_PER_PAGE", 1)
     visualize.run(config(place, place / "images", out=tmp_path / "out", save_arrays=False, foreground=None))
     assert {path.name for path in (tmp_path / "out").glob("pca*")} == {"pca.png", "pca_2.png"}
-
-
-def test_broken_images_of_a_folder_are_named_and_left_out(place, tmp_path, capsys):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
-    with pytest.raises(UserError, match=r"broken\.jpg is no readable image"):
-        visualize._readable([folder])
-    picture(8, 8).save(folder / "good.png")
-    assert visualize._readable([folder]) == [(folder / "good.png", (8, 8))]
-    assert "left out: " in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"broken\.jpg is no readable image"):
-        visualize._readable([folder / "good.png", folder / "broken.jpg"])
 
 
 @pytest.mark.parametrize(
@@ -167,12 +155,12 @@ def test_broken_images_of_a_folder_are_named_and_left_out(place, tmp_path, capsy
         (["empty"], "empty holds no images"),
         (["small.png"], "small.png at 5×3 px is smaller than one patch of 4 px; pass --image-size 56"),
         (["wide.png", "--image-size", "3"], "wide.png at 4×3 px is smaller than one patch of 4 px"),
-        (["wide.png", "--point", "32", "3"], "--point 32 3 is outside of wide.png, which is shown at 32×20 px"),
-        (["wide.png", "--point", "3", "-1"], "--point 3 -1 is outside of wide.png"),
-        (["wide.png", "--mass", "0"], "--mass 0.0 is no share above 0 and up to 1"),
-        (["wide.png", "--mass", "1.1"], "--mass 1.1 is no share above 0 and up to 1"),
+        (["wide.png", "--point", "32", "3"], "--point 32 3 is outside wide.png, which is shown at 32×20 px"),
+        (["wide.png", "--point", "3", "-1"], "--point 3 -1 is outside wide.png"),
+        (["wide.png", "--mass", "0"], "--mass 0.0 is not above 0 and up to 1"),
+        (["wide.png", "--mass", "1.1"], "--mass 1.1 is not above 0 and up to 1"),
         (["wide.png", "--threshold", "nan"], "--threshold nan is not between 0 and 1"),
-        (["wide.png", "--foreground", "1"], "--foreground 1.0 is not between 0 and 1"),
+        (["wide.png", "--foreground", "1"], "--foreground 1.0 is not 0 or more and below 1"),
         (["wide.png", "--image-size", "0"], "--image-size 0 is not a positive number"),
         (["wide.png", "--network", "student"], "is no run folder of a training"),
         (["huge.png"], "huge.png at 4400×4400 px has 1,210,000 patches, whose attention takes"),

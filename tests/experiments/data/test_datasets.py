@@ -97,7 +97,7 @@ def test_a_corrupt_image_is_named(folder, damage):
     path = write(folder / "train" / "cat" / "broken one.jpg", np.random.default_rng(0).integers(0, 255, (64, 64, 3)))
     path.write_bytes(damage(path.read_bytes()))
     train = load_dataset(str(folder)).train
-    with pytest.raises(UserError, match=r"train/cat/broken one\.jpg is no readable image"):
+    with pytest.raises(UserError, match=r"train/cat/broken one\.jpg is not a readable image"):
         train.read(train.ids.index("train/cat/broken one.jpg"))
 
 
@@ -185,7 +185,7 @@ def test_limits_draw_every_class_the_same_way_each_time(folder):
         i = full.ids.index(name)
         assert limited.train.labels[position] == full.labels[i]
         np.testing.assert_array_equal(limited.train.read(position), full.read(i))
-    with pytest.raises(UserError, match="--max-test 1 is less than one image for each of the 2 classes"):
+    with pytest.raises(UserError, match="--max-test 1 is fewer than one image for each of the 2 classes"):
         load_dataset(str(folder), max_test=1)
 
 

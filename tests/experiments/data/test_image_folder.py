@@ -78,7 +78,7 @@ def test_classes_may_be_nested_with_spaces_and_accents(tmp_path):
 
 
 def test_an_unreadable_image_is_named_when_it_is_decoded_and_not_before(folder):
-    with pytest.raises(UserError, match=r"training/dog/0\.jpg is no readable image .*replace or remove it"):
+    with pytest.raises(UserError, match=r"training/dog/0\.jpg is not a readable image .*replace or remove it"):
         load_image_folder(folder).train.read(6)
 
 
@@ -120,7 +120,7 @@ def test_limits_draw_from_every_class(folder):
     assert np.bincount(limited.train.labels).tolist() == [3, 2]
     assert len(limited.validation) == 4
     assert limited.train.ids == load_image_folder(folder, max_train=5, seed=1).train.ids
-    with pytest.raises(UserError, match="--max-val 1 is less than one image for each of the 2 classes"):
+    with pytest.raises(UserError, match="--max-val 1 is fewer than one image for each of the 2 classes"):
         load_image_folder(folder, max_val=1)
 
 

@@ -116,7 +116,7 @@ def test_an_unreadable_image_is_one_sentence_and_no_thread_remains(tmp_path):
         threads=3,
     )
     assert [next(loader).rows[0] for _ in range(5)] == [0, 4, 8, 12, 16]
-    with pytest.raises(UserError, match=r"train/dog/03\.png is no readable image .*; replace or remove it") as error:
+    with pytest.raises(UserError, match=r"train/dog/03\.png is not a readable image .*; replace or remove it") as error:
         next(loader)
     assert "\n" not in str(error.value)
     assert_threads_end()
@@ -206,7 +206,7 @@ def test_large_photographs_may_be_decoded_at_a_part_of_their_size(tmp_path):
     error = np.abs(resize_square(small.read(0), 64).astype(int) - resize_square(split.read(0), 64))
     assert error.mean() < 0.5 and error.max() <= 5
     np.testing.assert_array_equal(small.read(1), split.read(1))
-    with pytest.raises(UserError, match=r"broken\.jpg is no readable image"):
+    with pytest.raises(UserError, match=r"broken\.jpg is not a readable image"):
         small.read(2)
 
 
