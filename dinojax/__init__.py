@@ -1,10 +1,17 @@
-"""DINO and DINOv2 in JAX/Flax: models, heads and the method itself, as arrays in and arrays out."""
+"""DINO and DINOv2 in JAX/Flax: models, heads and the method itself, as arrays in and arrays out.
 
-from dinojax.errors import UserError
-from dinojax.models.files import load, save
-from dinojax.models.head import DINOHead
-from dinojax.models.variants import VARIANTS
-from dinojax.models.vit import Features, VisionTransformer, ViTConfig
+Names and rooms are imported when they are first used, so that `import dinojax` does not wait for JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dinojax.errors import UserError
+    from dinojax.models.files import load, save
+    from dinojax.models.head import DINOHead
+    from dinojax.models.variants import VARIANTS
+    from dinojax.models.vit import Features, VisionTransformer, ViTConfig
 
 __version__ = "0.1.0"
 
@@ -18,3 +25,18 @@ __all__ = [
     "load",
     "save",
 ]
+
+_MODULES = ("checkpoint", "finetune", "image_ops", "maps", "models", "pretraining", "probes")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in __all__:
+        home = "errors" if name == "UserError" else "models"
+        return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
