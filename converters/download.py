@@ -3,9 +3,7 @@
 import errno
 import hashlib
 import http.client
-import queue
 import shutil
-import threading
 import urllib.error
 import urllib.request
 from http.client import HTTPResponse
@@ -13,8 +11,7 @@ from pathlib import Path
 
 from dinojax.errors import UserError
 
-CONNECT_SECONDS = 8.0
-STALL_SECONDS = 30.0
+SILENCE_SECONDS = 15.0  # how long a server may say nothing
 _CHUNK = 1 << 20
 
 
@@ -56,7 +53,10 @@ def _request(url: str, partial: Path) -> HTTPResponse:
         offset = partial.stat().st_size
         headers |= {"Range": f"bytes={offset}-", "If-Range": version.read_text()}
     try:
-        response = _open(urllib.request.Request(url, headers=headers), CONNECT_SECONDS)
+        request = urllib.request.Request(url, headers=headers)
+        if not request.type.startswith("http"):
+            raise ValueError("only http and https are supported")
+        response = urllib.request.urlopen(request, timeout=SILENCE_SECONDS)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416 and offset:  # nothing is left to send, or the file has become shorter
@@ -79,34 +79,12 @@ def _request(url: str, partial: Path) -> HTTPResponse:
 def reachable(url: str, seconds: float = 4.0) -> bool:
     """Whether a server answers for `url` in time, be it that it refuses."""
     try:
-        _open(urllib.request.Request(url, method="HEAD"), seconds).close()
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
     except urllib.error.HTTPError as refusal:
         refusal.close()
     except (OSError, http.client.HTTPException):
         return False
     return True
-
-
-def _open(request: urllib.request.Request, seconds: float) -> HTTPResponse:
-    """`urlopen` within `seconds` in all; alone it may wait that long for every address, and for the name besides."""
-    if not request.type.startswith("http"):
-        raise ValueError("only http and https are supported")
-    outcomes: queue.SimpleQueue[HTTPResponse | Exception] = queue.SimpleQueue()
-
-    def attempt():
-        try:
-            outcomes.put(urllib.request.urlopen(request, timeout=STALL_SECONDS))
-        except (OSError, http.client.HTTPException) as error:
-            outcomes.put(error)
-
-    threading.Thread(target=attempt, daemon=True).start()
-    try:
-        outcome = outcomes.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} seconds") from None
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
 
 
 def _announced_total(response: HTTPResponse, offset: int) -> int | None:

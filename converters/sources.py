@@ -26,14 +26,12 @@ class Source:
         size: in bytes; None where no record was found.
         sha256: hexadecimal; None where no record was found.
         license: SPDX identifier of the weights.
-        layout: what the file holds.
     """
 
     path: str
     size: int | None = None
     sha256: str | None = None
     license: str = "Apache-2.0"
-    layout: str = "bare backbone state dict"
 
     @property
     def url(self) -> str:

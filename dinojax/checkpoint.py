@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from dinojax.errors import UserError
+from dinojax.errors import UserError, require
 
 _STEP = "step_"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's own suffix: it renames a folder when all is in it
@@ -53,8 +53,8 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
     """
 
     def __init__(self, folder: str | Path, *, keep_newest: int = 3, keep_best: int = 1):
-        if keep_newest < 1 or keep_best < 0:
-            raise ValueError(f"keep_newest={keep_newest} and keep_best={keep_best} must be at least 1 and 0")
+        require(keep_newest >= 1, "keep_newest", keep_newest, "1 or more")
+        require(keep_best >= 0, "keep_best", keep_best, "0 or more")
         self._folder = Path(folder).absolute()
         self._keep_newest, self._keep_best = keep_newest, keep_best
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")

@@ -18,10 +18,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Key, PyTree
 
-from dinojax.errors import UserError
+from dinojax.accumulation import part_size, sum_over_parts
+from dinojax.errors import UserError, require
 from dinojax.models.chunks import images_in_cache, in_chunks
 from dinojax.models.layers import Linear, torch_default_init
 from dinojax.models.vit import VisionTransformer
+from dinojax.precision import at_least_float32
 from dinojax.pretraining.monitors import gradient_norms
 from dinojax.pretraining.schedules import Schedule
 from dinojax.probes.labelled import check_range
@@ -70,8 +72,7 @@ def split_parameters(
     head, backbone = nnx.split_state(parameters, lambda path, _: path[0] == "head", ...)
     if mode == "linear":
         return head, backbone
-    if lora_rank < 1:
-        raise UserError(f"lora_rank={lora_rank} is not a positive number; take 8, say")
+    require(lora_rank >= 1, "lora_rank", lora_rank, "a positive number, such as 8")
     kernels = [(path, param) for path, param in nnx.to_flat_state(backbone) if "attn" in path and path[-1] == "kernel"]
     factors = []
     for ((*layer, _), kernel), draw in zip(kernels, jax.random.split(key, len(kernels))):
@@ -160,9 +161,10 @@ def weighted_cross_entropy(
     Rows with the label -1, which fill up a batch, do not count. `total` is the weight of a batch of which these are a
     part; None where they are all of it.
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(at_least_float32(logits.dtype))
     one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    weights = jnp.asarray(1.0 if class_weights is None else class_weights, logits.dtype)
+    ones = jnp.ones(logits.shape[-1])
+    weights = jnp.asarray(ones if class_weights is None else class_weights, logits.dtype)[None]
     # What smoothing takes from a label goes to each class with the weight of that class; the divisor has the labels'.
     targets = jnp.where(labels[:, None] >= 0, optax.smooth_labels(one_hot, label_smoothing) * weights, 0)
     return -jnp.sum(targets * jax.nn.log_softmax(logits)) / (jnp.sum(one_hot * weights) if total is None else total)
@@ -221,7 +223,7 @@ def head_logits(
     trainable: PyTree, frozen: PyTree, features: Float[Array | np.ndarray, "batch dim"], key: DropPathKey = None
 ) -> Logits:
     """The logits of mode "linear" from class tokens that were computed before."""
-    return features @ trainable["head"]["kernel"][...] + trainable["head"]["bias"][...]
+    return features @ trainable["head"]["kernel"][...] + trainable["head"]["bias"][...][None]
 
 
 def make_finetune_step(
@@ -273,7 +275,11 @@ def make_finetune_step(
         def of_part(part: tuple[Array, Labels], key: DropPathKey) -> tuple[PyTree, tuple[Array, Array]]:
             return gradients_of(state.trainable, frozen, part, key, total)
 
-        gradients, (loss, hits) = _summed_over_parts(of_part, accumulation_steps, (inputs, labels), key)
+        if accumulation_steps == 1:
+            gradients, (loss, hits) = of_part((inputs, labels), key)
+        else:
+            parts = _split(inputs, accumulation_steps), _split(labels, accumulation_steps)
+            gradients, (loss, hits) = sum_over_parts(of_part, parts, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         ema = None
@@ -299,34 +305,16 @@ def cached_parts(model: VisionTransformer, batch_size: int, image_size: int) -> 
     return next(parts for parts in range(1, batch_size + 1) if batch_size % parts == 0 and batch_size // parts <= most)
 
 
-def _summed_over_parts(function: Callable[..., PyTree], parts: int, batch: PyTree, key: DropPathKey) -> PyTree:
-    """The sum of `function(part, key)` over equal parts of a batch, one after the other.
-
-    Each part takes every so-many-th image: of a batch that several devices share, each gives its own.
-    """
-    if parts == 1:
-        return function(batch, key)
-    size = len(jax.tree.leaves(batch)[0])
-    if size % parts:
-        raise ValueError(f"accumulation_steps={parts} does not divide the batch of {size}")
-    split = jax.tree.map(lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-
-    def add(total: PyTree, indexed: tuple[Array, PyTree]) -> tuple[PyTree, None]:
-        index, part = indexed
-        found = function(part, None if key is None else jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, found), None
-
-    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], split), key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, zeros, (jnp.arange(parts), split))[0]
+def _split(x: Array, parts: int) -> Array:
+    """The batch as "parts images …". A part takes every `parts`-th image: devices that share a batch share a part."""
+    return x.reshape(part_size(len(x), parts), parts, *x.shape[1:]).swapaxes(0, 1)
 
 
 _NOT_DECAYED = ("cls_token", "pos_embed", "register_tokens", "mask_token")
 
 
 def _check(mode: str) -> None:
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is none of {', '.join(MODES)}")
+    require(mode in MODES, "mode", mode, f"one of {', '.join(MODES)}")
 
 
 def _decayed_by_sgd(params: PyTree) -> PyTree:

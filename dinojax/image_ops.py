@@ -69,8 +69,8 @@ def crop_resize(
 
 def _weights(start: Array, length: Array, size: int, extent: int, interpolation: Interpolation) -> Array:
     """[batch, size, extent]: what source pixels add to target pixels; rows sum to one, zero outside the box."""
-    source = jnp.arange(extent, dtype=jnp.int32) - start[:, None, None]
-    target = jnp.arange(size, dtype=jnp.int32)[:, None]
+    source = jnp.arange(extent, dtype=jnp.int32)[None, None] - start[:, None, None]
+    target = jnp.arange(size, dtype=jnp.int32)[None, :, None]
     length = length[:, None, None]
     # Twice the distance between pixel centres, in units of 1/size: whole numbers, so that only the division rounds.
     apart = jnp.abs((2 * source + 1) * size - (2 * target + 1) * length)
@@ -152,7 +152,7 @@ def hue(planes: Planes, factor: Factor) -> Planes:
     angle = angle - 256 * jnp.floor(angle / 256)
     value, depth, sixths = value[:, :, None], (value * shade / 255)[:, :, None], (angle * (6 / 255))[:, :, None]
     # Distance, in sixths of the circle, that each channel lies from where it is at full value.
-    offset = sixths + jnp.array([5, 3, 1], jnp.float32)[:, None]
+    offset = sixths + jnp.array([5, 3, 1], jnp.float32)[None, None, :, None]
     offset = offset - 6 * jnp.floor(offset / 6)
     return jnp.floor(value - depth * jnp.clip(jnp.minimum(offset, 4 - offset), 0, 1) + 0.5)
 
@@ -269,7 +269,7 @@ def normalize(
 ) -> Float[Array, "batch height width 3"]:
     """NHWC images of (value / 255 − mean) / std per channel. Source: torchvision `ToTensor`, `Normalize`."""
     images = planes.transpose(0, 1, 3, 2) / 255
-    return (images - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)
+    return (images - jnp.array([[[mean]]], jnp.float32)) / jnp.array([[[std]]], jnp.float32)
 
 
 def _to_8_bit(x: Array) -> Array:

@@ -23,6 +23,8 @@ install_import_hook(["dinojax", "converters", "experiments"], "tests.support.typ
 
 # Accelerators would otherwise multiply float32 in lower precision, and the tolerances would lose their meaning.
 jax.config.update("jax_default_matmul_precision", "highest")
+# Arrays of different rank are never added up by accident.
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_unconfigure() -> None:

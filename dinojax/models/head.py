@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dinojax.models.layers import Linear, gelu, torch_default_init
+from dinojax.precision import at_least_float32
 
 
 class DINOHead(nnx.Module):
@@ -79,6 +80,6 @@ class WeightNormLinear(nnx.Module):
 
 def _unit_length(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
     """Scales the last axis to length one, as torch's `normalize`: a zero vector stays zero, with a finite gradient."""
-    precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    precise = x.astype(at_least_float32(x.dtype))
     squared = jnp.sum(precise * precise, axis=-1, keepdims=True)
     return (precise * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))).astype(x.dtype)

@@ -16,6 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from dinojax.precision import at_least_float32
+
 # Upstream truncates at ±2 in absolute terms: a hundred standard deviations, so the plain normal is the same draw.
 _linear_init = nnx.initializers.normal(0.02)
 
@@ -100,7 +102,7 @@ class Attention(nnx.Module):
 def _scores(query: Array, key: Array) -> Array:
     """Scaled products of every query with every key, in float32 at least."""
     scale = query.shape[-1] ** -0.5
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = at_least_float32(query.dtype)
     return jnp.einsum("bhqd,bhkd->bhqk", query * scale, key, preferred_element_type=dtype)
 
 
@@ -138,8 +140,8 @@ class LayerScale(nnx.Module):
     def __init__(self, dim: int, init_value: float):
         self.gamma = nnx.Param(jnp.full((dim,), init_value))
 
-    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        return x * self.gamma[...]
+    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
+        return x * self.gamma[...][None, None]
 
 
 def drop_path(x: Float[Array, "batch *rest"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "batch *rest"]:

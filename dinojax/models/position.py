@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dinojax.precision import at_least_float32
+
 
 def interpolate_pos_embed(
     pos_embed: Float[Array, "1 positions dim"], rows: int, columns: int, *, antialias: bool, offset: float
@@ -28,7 +30,7 @@ def interpolate_pos_embed(
     Computed in float32 at least and returned in the dtype of `pos_embed`.
     """
     side = round((pos_embed.shape[1] - 1) ** 0.5)
-    dtype = jnp.promote_types(pos_embed.dtype, jnp.float32)
+    dtype = at_least_float32(pos_embed.dtype)
     table = pos_embed[0, 1:].astype(dtype).reshape(side, side, -1)
     to_rows, to_columns = (jnp.asarray(resize_matrix(side, n, antialias, offset), dtype) for n in (rows, columns))
     grid = jnp.einsum("rm,cn,mnd->rcd", to_rows, to_columns, table, precision="highest")

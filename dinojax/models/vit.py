@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
+from dinojax.errors import require
 from dinojax.models.layers import Block, LayerNorm, PatchEmbed
 from dinojax.models.position import interpolate_pos_embed
 
@@ -59,12 +60,11 @@ class ViTConfig:
         if self.family is None:
             only_v2 = self.init_values is not None or self.num_register_tokens > 0 or self.ffn_layer != "mlp"
             object.__setattr__(self, "family", "dinov2" if only_v2 else "dino")
-        if self.ffn_layer not in ("mlp", "swiglufused"):
-            raise ValueError(f"ffn_layer={self.ffn_layer!r} is not 'mlp' or 'swiglufused'")
-        if self.num_heads < 1 or self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim={self.embed_dim} cannot be split over num_heads={self.num_heads}")
-        if not 0 < self.patch_size <= self.img_size:
-            raise ValueError(f"img_size={self.img_size} does not hold one patch of patch_size={self.patch_size}")
+        heads, patch = self.num_heads, self.patch_size
+        require(self.ffn_layer in ("mlp", "swiglufused"), "ffn_layer", self.ffn_layer, "'mlp' or 'swiglufused'")
+        divides = heads > 0 and self.embed_dim % heads == 0
+        require(divides, "embed_dim", self.embed_dim, f"a multiple of num_heads={heads}")
+        require(0 < patch <= self.img_size, "img_size", self.img_size, f"enough for one patch of patch_size={patch}")
 
     @property
     def num_patches(self) -> int:

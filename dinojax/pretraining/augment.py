@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from dinojax import image_ops as ops
-from dinojax.errors import UserError
+from dinojax.errors import require
 
 Range = tuple[float, float]
 Triple = tuple[float, float, float]
@@ -67,29 +67,25 @@ class MultiCropConfig:
 
     def __post_init__(self):
         modes = get_args(Mode)
-        _require(self.mode in modes, "mode", self.mode, "one of " + ", ".join(modes))
+        require(self.mode in modes, "mode", self.mode, "one of " + ", ".join(modes))
         for name in ("global_size", "local_size", "global_crops"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        _require(self.local_crops >= 0, "local_crops", self.local_crops, "0 or more")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.local_crops >= 0, "local_crops", self.local_crops, "0 or more")
         if self.mode != "v1":
             size = min(self.global_size, self.local_size if self.local_crops else self.global_size)
-            _require(size > _KERNEL_SIZE // 2, "crop size", size, f"5 or more for the blur of mode {self.mode}")
+            require(size > _KERNEL_SIZE // 2, "crop size", size, f"5 or more for the blur of mode {self.mode}")
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
-            _require(0 < low <= high <= 1, name, (low, high), "least and most within 0 to 1")
+            require(0 < low <= high <= 1, name, (low, high), "two numbers within 0 to 1, the smaller first")
         for name in ("ratio", "blur_radius"):
             low, high = getattr(self, name)
-            _require(0 < low <= high < math.inf, name, (low, high), "least and most above 0")
+            require(0 < low <= high < math.inf, name, (low, high), "two positive numbers, the smaller first")
         names = ("flip_probability", "jitter_probability", "grayscale_probability", "solarize_probability")
         for name, value in [(n, getattr(self, n)) for n in names] + [("blur", p) for p in self.blur_probabilities]:
-            _require(0 <= value <= 1, name, value, "a probability of 0 to 1")
-        _require(min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "jitter", self.jitter, "0 or more, hue at most 0.5")
-        _require(min(self.std) > 0, "std", self.std, "above 0")
-
-
-def _require(holds: bool, name: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise UserError(f"multi-crop {name} is {value}; it must be {wanted}")
+            require(0 <= value <= 1, name, value, "a probability of 0 to 1")
+        fits = min(self.jitter) >= 0 and self.jitter[3] <= 0.5
+        require(fits, "jitter", self.jitter, "four numbers of 0 or more, the last at most 0.5")
+        require(min(self.std) > 0, "std", self.std, "above 0")
 
 
 class Views(NamedTuple):

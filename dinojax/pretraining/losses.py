@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dinojax.precision import at_least_float32
+
 
 def teacher_probs(
     logits: Float[Array, "global_crops batch prototypes"],
@@ -17,8 +19,8 @@ def teacher_probs(
     temperature: Float[Array, ""] | float,
 ) -> Float[Array, "global_crops batch prototypes"]:
     """What the teacher says: its logits, centered and sharpened. No gradient passes. Float32 at least."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return jax.lax.stop_gradient(jax.nn.softmax((logits - center) / temperature, axis=-1))
+    logits = logits.astype(at_least_float32(logits.dtype))
+    return jax.lax.stop_gradient(jax.nn.softmax((logits - center[None, None]) / temperature, axis=-1))
 
 
 def updated_center(
@@ -121,7 +123,7 @@ def dino_loss_in_chunks(
     )
 
     def teacher_logits(weight: Array, center: Array) -> Array:
-        return (_products(teacher, weight) - center) / teacher_temp
+        return (_products(teacher, weight) - center[None, None]) / teacher_temp
 
     log_sums = jax.nn.logsumexp(
         jax.lax.map(lambda piece: jax.nn.logsumexp(teacher_logits(*piece[1:]), axis=-1), pieces), axis=0
@@ -156,15 +158,15 @@ def _count_pairs(crops: int, global_crops: int) -> int:
 def _targets(teacher_probs: Array, crops: int) -> Array:
     """What each student crop is compared with: all teacher crops summed, less its own."""
     own = jnp.pad(teacher_probs, ((0, crops - len(teacher_probs)), (0, 0), (0, 0)))
-    return teacher_probs.sum(axis=0) - own
+    return teacher_probs.sum(axis=0, keepdims=True) - own
 
 
 def _scaled(logits: Array, temperature: float) -> Array:
     """Divided by the temperature, in float32 at least."""
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+    return logits.astype(at_least_float32(logits.dtype)) / temperature
 
 
 def _products(x: Array, weight: Array) -> Array:
     """Logits in float32 at least."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = at_least_float32(x.dtype)
     return jnp.einsum("cbd,kd->cbk", x, weight, preferred_element_type=dtype)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dinojax.precision import at_least_float32
+
 # A teacher that says the same of every image: its loss stays at log K, or all features point the same way.
 _LOSS_MARGIN = 0.01
 _LEAST_SPREAD = 0.05
@@ -14,7 +16,7 @@ _LEAST_SPREAD = 0.05
 
 def feature_std(features: Float[Array, "batch dim"]) -> Float[Array, ""]:
     """Standard deviation over the batch of features of length one, times √dim: near 1 is healthy, near 0 collapse."""
-    features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+    features = features.astype(at_least_float32(features.dtype))
     unit = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
     return jnp.sqrt(features.shape[-1]) * jnp.mean(jnp.std(unit, axis=0))
 
@@ -24,7 +26,7 @@ def rank_me(features: Float[Array, "images dim"]) -> Float[Array, ""]:
 
     Source: RankMe (arXiv 2210.02885), Eq. 1 and 2, with its ε = 1e-7.
     """
-    values = jnp.linalg.svd(features.astype(jnp.promote_types(features.dtype, jnp.float32)), compute_uv=False)
+    values = jnp.linalg.svd(features.astype(at_least_float32(features.dtype)), compute_uv=False)
     share = values / jnp.sum(values) + 1e-7
     return jnp.exp(-jnp.sum(share * jnp.log(share)))
 

@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Key, PyTree, UInt8
 
+from dinojax.accumulation import part_size, sum_over_parts
 from dinojax.models.chunks import in_chunks
 from dinojax.models.head import DINOHead
 from dinojax.models.vit import VisionTransformer
@@ -139,7 +140,14 @@ def make_train_step(
     def train_step(
         state: TrainState, crops: Sequence[Crops], key: Key[Array, ""] | None = None
     ) -> tuple[TrainState, Metrics]:
-        gradients, outcome = _averaged_over_parts(gradients_of, accumulation_steps, state, crops, key)
+        if accumulation_steps == 1:
+            gradients, outcome = gradients_of(state, crops, key)
+        else:
+
+            def share_of(part: Sequence[Crops], key: Array | None) -> PyTree:
+                return jax.tree.map(lambda x: x / accumulation_steps, gradients_of(state, part, key))
+
+            gradients, outcome = sum_over_parts(share_of, _split(crops, accumulation_steps), key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.student)
         student = optax.apply_updates(state.student, updates)
         teacher = optax.incremental_update(student, state.teacher, 1 - teacher_momentum(state.step))
@@ -204,32 +212,10 @@ def _make_gradients(
     return gradients_of
 
 
-def _averaged_over_parts(
-    function: Callable[[TrainState, Sequence[Crops], Array | None], PyTree],
-    parts: int,
-    state: TrainState,
-    crops: Sequence[Crops],
-    key: Array | None,
-) -> PyTree:
-    """The mean of `function` over equal parts of the batch, one after the other."""
-    if parts == 1:
-        return function(state, crops, key)
-    batch = crops[0].shape[1]
-    if batch % parts:
-        raise ValueError(f"accumulation_steps={parts} does not divide the batch of {batch}")
-
-    def split(group: Crops) -> Array:
-        return jnp.moveaxis(group.reshape(group.shape[0], parts, batch // parts, *group.shape[2:]), 1, 0)
-
-    def add(total: PyTree, part: tuple[Array, Sequence[Crops]]) -> tuple[PyTree, None]:
-        index, crops = part
-        result = function(state, crops, None if key is None else jax.random.fold_in(key, index))
-        return jax.tree.map(lambda a, b: a + b / parts, total, result), None
-
-    part = (jnp.arange(parts), [split(group) for group in crops])
-    shapes = jax.eval_shape(function, state, [group[0] for group in part[1]], key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, zeros, part)[0]
+def _split(crops: Sequence[Crops], parts: int) -> list[Array]:
+    """Each group of crops as "parts crops images …", the images of a part side by side in the batch."""
+    images = part_size(crops[0].shape[1], parts)
+    return [jnp.moveaxis(x.reshape(len(x), parts, images, *x.shape[2:]), 1, 0) for x in crops]
 
 
 class Batches(NamedTuple):

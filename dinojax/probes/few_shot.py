@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dinojax.errors import UserError
+from dinojax.errors import require
 from dinojax.probes.labelled import few_shot_indices
 from dinojax.probes.linear import linear_logits
 from dinojax.probes.logistic import fit_logistic
@@ -36,8 +36,8 @@ def few_shot(
     Raises:
         UserError: a method of another name, a class with fewer images than `shots`, or features that are not finite.
     """
-    if unknown := [method for method in methods if method not in FEW_SHOT_METHODS]:
-        raise UserError(f"{unknown[0]!r} is none of the few-shot methods {', '.join(FEW_SHOT_METHODS)}")
+    for method in methods:
+        require(method in FEW_SHOT_METHODS, "method", method, f"one of {', '.join(FEW_SHOT_METHODS)}")
     accuracies: dict[str, list[float]] = {method: [] for method in methods}
     for seed in seeds:
         chosen = few_shot_indices(train_labels, shots, seed)

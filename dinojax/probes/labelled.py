@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dinojax.errors import UserError
+from dinojax.errors import UserError, require
 
 Labels = Int[Array | np.ndarray, " images"]
 _ROWS = 65_536
@@ -52,8 +52,7 @@ def few_shot_indices(labels: Labels, shots: int, seed: int) -> Int[np.ndarray, "
     """
     labels = np.asarray(labels)
     classes, sizes = np.unique(labels, return_counts=True)
-    if shots < 1:
-        raise UserError(f"shots={shots} is not a positive number of images a class")
+    require(shots >= 1, "shots", shots, "a positive number of images per class")
     if len(sizes) and shots > sizes.min():
         smallest = int(sizes.argmin())
         raise UserError(

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from dinojax.errors import UserError
+from dinojax.errors import require
 from dinojax.probes.labelled import check_finite, check_labelled, check_range
 
 _CONSTANT = 1e-6
@@ -149,13 +149,13 @@ def linear_logits(
     head: LinearHead, features: Float[Array | np.ndarray, "images dim"]
 ) -> Float[Array, "images classes"]:
     """Class scores before the softmax, in full float32 on every device."""
-    return jnp.matmul(features, head.kernel, precision="highest") + head.bias
+    return jnp.matmul(features, head.kernel, precision="highest") + head.bias[None]
 
 
 def mlp_logits(head: MlpHead, features: Float[Array | np.ndarray, "images dim"]) -> Float[Array, "images classes"]:
     """Class scores before the softmax, in full float32 on every device."""
-    hidden = jnp.matmul(features, head.hidden_kernel, precision="highest") + head.hidden_bias
-    return jnp.matmul(jax.nn.relu(hidden), head.kernel, precision="highest") + head.bias
+    hidden = jnp.matmul(features, head.hidden_kernel, precision="highest") + head.hidden_bias[None]
+    return jnp.matmul(jax.nn.relu(hidden), head.kernel, precision="highest") + head.bias[None]
 
 
 def cross_entropy(
@@ -211,7 +211,7 @@ def _train(initial, train, heldout, key, learning_rate, *, epochs, batch_size, s
     """Heads on raw features and metrics, stacked over epochs."""
     features, labels = train
     mean, scale = _standardisation(features) if standardise else (0, 1)
-    inputs = (features - mean) * scale if standardise else features
+    inputs = (features - mean[None]) * scale[None] if standardise else features
     steps = len(labels) // batch_size
     optimizer = make_optimizer(learning_rate, epochs * steps if cosine else None)
 
@@ -231,8 +231,7 @@ def _checked(train: tuple, heldout: tuple, num_classes: int, epochs: int) -> tup
     check_labelled(*train, num_classes)
     check_range(heldout[1], num_classes)
     check_finite(heldout[0])
-    if epochs < 1:
-        raise UserError(f"epochs={epochs} is not a positive number")
+    require(epochs >= 1, "epochs", epochs, "a positive number")
     return tuple((jnp.asarray(features, float), jnp.asarray(labels)) for features, labels in (train, heldout))
 
 

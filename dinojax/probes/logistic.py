@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from dinojax.errors import UserError
+from dinojax.errors import require
 from dinojax.probes.labelled import check_finite, check_labelled, check_range
 from dinojax.probes.linear import LinearHead, cross_entropy, linear_logits
 
@@ -123,7 +123,7 @@ def _minimise(head, features, labels, inverse_penalty, max_iterations, tolerance
     unit = 1 / jnp.sqrt(1 + 2 * weight)
 
     def objective(head):
-        scores = jnp.matmul(unit * head.kernel.T, columns, precision="highest").T + head.bias
+        scores = jnp.matmul(unit * head.kernel.T, columns, precision="highest").T + head.bias[None]
         return cross_entropy(scores, labels).mean() + weight * jnp.sum((unit * head.kernel) ** 2)
 
     search = optax.scale_by_zoom_linesearch(_LINE_SEARCH_STEPS, initial_guess_strategy="one")
@@ -151,5 +151,4 @@ def _zeros(dim: int, num_classes: int) -> LinearHead:
 
 
 def _check_positive(inverse_penalty: float) -> None:
-    if not inverse_penalty > 0:
-        raise UserError(f"C={inverse_penalty} is not a positive number")
+    require(inverse_penalty > 0, "C", inverse_penalty, "a positive number")

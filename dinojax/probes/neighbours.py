@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dinojax.errors import UserError
+from dinojax.errors import require
 from dinojax.probes.labelled import check_classes, check_finite
 
 # Rows of training features on the device at once, and rows of test features compared with them at once: together they
@@ -143,8 +143,7 @@ def _count(labels: np.ndarray, weights: np.ndarray, num_classes: int) -> np.ndar
 
 
 def _check_k(k: int, total: int) -> None:
-    if not 1 <= k <= total:
-        raise UserError(f"k={k} is not between 1 and the {total} training images")
+    require(1 <= k <= total, "k", k, f"between 1 and the {total} training images")
 
 
 def _search(train_features, test_features, k: int, *, cosine: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -156,7 +155,7 @@ def _search(train_features, test_features, k: int, *, cosine: bool) -> tuple[np.
     queries = jnp.asarray(test_features, jnp.float32)
     # Distances do not change when both sets move; near the origin less of them is lost to rounding.
     centre = 0 if cosine else np.asarray(train_features[:rows], np.float32).mean(axis=0)
-    queries = _normalise(queries) if cosine else queries - centre
+    queries = _normalise(queries) if cosine else queries - centre[None]
     queries = jnp.pad(queries, ((0, -tests % _TEST_ROWS), (0, 0))).reshape(-1, _TEST_ROWS, queries.shape[1])
     best = jnp.full((*queries.shape[:2], k), -jnp.inf), jnp.zeros((*queries.shape[:2], k), jnp.int32)
     for start in range(0, total, rows):
@@ -184,7 +183,7 @@ def _merge_neighbours(best: tuple, queries: Array, chunk: Array, start: Array, v
     def merge(rows):
         scores, indices, query = rows
         k = scores.shape[1]
-        found = jnp.matmul(query, chunk, precision="highest") + handicap
+        found = jnp.matmul(query, chunk, precision="highest") + handicap[None]
         found, position = jax.lax.top_k(found, min(k, chunk.shape[1]))
         # Earlier chunks stand first, and top_k keeps the order of equals: ties go to the lower training index.
         scores, choice = jax.lax.top_k(jnp.concatenate([scores, found], axis=1), k)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from dinojax.errors import UserError
+from dinojax.errors import require
 from dinojax.probes.labelled import check_finite, check_labelled, check_range
 from dinojax.probes.linear import LinearHead, cross_entropy, minibatches
 
@@ -158,7 +158,8 @@ def train_heads(features, labels, key, learning_rates, *, columns, num_classes, 
         gradients = jax.grad(loss)(heads, features[batch], labels[batch])
         velocity = jax.tree.map(lambda v, g: _MOMENTUM * v + g, velocity, gradients)
         step_size = rates * (0.5 * (1 + jnp.cos(jnp.pi * step / steps)))
-        return (jax.tree.map(lambda p, v: p - step_size * v, heads, velocity), velocity), None
+        heads = jax.tree.map(lambda p, v: p - jnp.broadcast_to(step_size, v.shape) * v, heads, velocity)
+        return (heads, velocity), None
 
     batches = minibatches(order_key, len(labels), batch_size, steps)
     carry = heads, jax.tree.map(jnp.zeros_like, heads)
@@ -181,7 +182,7 @@ def evaluate_heads(heads, features, labels, *, columns, num_classes) -> tuple[Ar
 
 def _scores(head: LinearHead, rows: Array, num_classes: int) -> Array:
     """Logits "images rates classes"."""
-    logits = jnp.matmul(rows, head.kernel, precision="highest") + head.bias
+    logits = jnp.matmul(rows, head.kernel, precision="highest") + head.bias[None]
     return logits.reshape(len(rows), -1, num_classes)
 
 
@@ -193,8 +194,7 @@ def _initial(key: Array, width: int, num_classes: int, rates: int) -> LinearHead
 def _columns(shape: tuple[int, int], blocks: int, mean_patch: bool) -> tuple[int, int]:
     """First column and the one after the last, where the tokens of an image stand in a row."""
     tokens, dim = shape
-    if not 1 <= blocks < tokens:
-        raise UserError(f"blocks={blocks} is not between 1 and the {tokens - 1} blocks that there are features of")
+    require(1 <= blocks < tokens, "blocks", blocks, f"between 1 and the {tokens - 1} blocks that there are features of")
     return (tokens - 1 - blocks) * dim, (tokens if mean_patch else tokens - 1) * dim
 
 
@@ -205,5 +205,4 @@ def _flat(features: BlockFeatures) -> Array:
 def _check(train: tuple, steps: int, batch_size: int, num_classes: int) -> None:
     check_labelled(*train, num_classes)
     for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name}={value} is not a positive number")
+        require(value >= 1, name, value, "a positive number")

@@ -1,7 +1,7 @@
-"""Images of a split in batches, decoded by several threads ahead of the device, in an order that the seed fixes.
+"""Batches of images, decoded by several threads ahead of the device, in an order that follows from the seed.
 
-In memory wait only prepared images, all of one small size, beside the one that each thread decodes: however many photos
-there are and however large, no more are held.
+Memory holds a bounded number of prepared images, all of one small size, and the image that each thread decodes. It does
+not grow with the number or the size of the photos.
 """
 
 import os
@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from dinojax.errors import UserError
 from experiments.data.splits import Pixels, Split
 from experiments.data.squares import Square
 
@@ -20,14 +19,14 @@ _MOST_THREADS = 16
 
 
 class Batch(NamedTuple):
-    """Images of one size, and what they are; where the last batch had to be filled up, black images and −1.
+    """Images of one size. The last batch of an epoch is padded with black images, whose numbers are −1.
 
     Attributes:
         images: RGB.
         labels: class indices.
-        rows: places in the split.
-        ids: what a view of an image may be drawn from, unlike for any two images of an epoch: the row and, where
-            balanced sampling drew an image before, another number.
+        rows: indices in the split.
+        ids: numbers to draw the views of images from, different for any two images of an epoch: the row or, for an
+            image that balanced sampling has drawn before, another number.
     """
 
     images: UInt8[np.ndarray, "batch height width 3"]
@@ -43,35 +42,28 @@ def make_loader(
     prepare: Callable[[Pixels], Square],
     shuffle_seed: int | None,
     epoch: int,
-    drop_remainder: bool,
     balanced: bool = False,
     threads: int | None = None,
 ) -> Iterator[Batch]:
-    """One epoch of a split, in batches that are all of one size.
+    """One epoch of a split, in batches of one size; the last one is padded, see `Batch`.
 
     The order follows from the split, the seed and the epoch alone. Threads end with the iterator.
 
     Args:
-        split: of images of any sizes.
-        batch_size: images.
-        prepare: makes an image of the one size that all get, `resize_square` or `resize_centre_crop`.
-        shuffle_seed: None keeps the order of the split.
-        epoch: shuffled anew in each.
-        drop_remainder: leave out the images that fill no batch; otherwise the last batch is filled up, see `Batch`.
-        balanced: every class equally often, its images drawn with replacement; the epoch is as long as ever.
-        threads: that decode; None is one for each core, at most 16.
+        split: images of any sizes.
+        batch_size: images per batch.
+        prepare: brings an image to the size that all images get, such as `resize_square`.
+        shuffle_seed: seed of the order. None keeps the order of the split.
+        epoch: number of the epoch; each has another order.
+        balanced: whether to draw every class equally often, its images with replacement; the number of images stays.
+        threads: number of decoding threads. None is one for each core, at most 16.
 
     Raises:
-        UserError: at once, where there is no whole batch and the remainder is dropped; later, and by name, an image
-            that cannot be read.
+        UserError: an image cannot be read.
         ValueError: balanced sampling without a seed.
     """
-    if drop_remainder and len(split) < batch_size:
-        raise UserError(f"--batch-size {batch_size} is more than the {len(split)} {split.name} images; lower it")
     rows = epoch_rows(split, shuffle_seed, epoch, balanced=balanced)
-    return _batches(
-        split, rows, batch_size, prepare, drop_remainder, threads or min(_MOST_THREADS, os.cpu_count() or 1)
-    )
+    return _batches(split, rows, batch_size, prepare, threads or min(_MOST_THREADS, os.cpu_count() or 1))
 
 
 def _batches(
@@ -79,7 +71,6 @@ def _batches(
     rows: Int[np.ndarray, " images"],
     batch_size: int,
     prepare: Callable[[Pixels], Square],
-    drop_remainder: bool,
     threads: int,
 ) -> Iterator[Batch]:
     import grain
@@ -93,11 +84,11 @@ def _batches(
     ahead = max(_BATCHES_AHEAD * batch_size, threads)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     images = grain.MapDataset.range(len(rows)).map(load).to_iter_dataset(options)
-    iterator = iter(images.batch(batch_size, drop_remainder=drop_remainder))
+    iterator = iter(images.batch(batch_size, drop_remainder=False))
     try:
         for batch in iterator:
             yield _filled(Batch(*batch), batch_size)
-    finally:  # also where an image cannot be read, or nobody asks for more
+    finally:  # also after an unreadable image, or if the caller stops early
         iterator.close()
 
 
@@ -110,7 +101,7 @@ def _filled(batch: Batch, size: int) -> Batch:
 
 
 def epoch_rows(split: Split, seed: int | None, epoch: int, *, balanced: bool) -> Int[np.ndarray, " images"]:
-    """Which image comes when in an epoch; see `make_loader`."""
+    """Indices of the images of an epoch, in its order; see `make_loader`."""
     images = len(split)
     if seed is None:
         if balanced:
@@ -119,14 +110,14 @@ def epoch_rows(split: Split, seed: int | None, epoch: int, *, balanced: bool) ->
     rng = np.random.default_rng((seed, epoch))
     if not balanced:
         return rng.permutation(images)
-    classes = rng.permutation(np.unique(split.labels))  # those in front get the images that are left over
+    classes = rng.permutation(np.unique(split.labels))  # the first ones get the remainder
     turns = np.bincount(np.arange(images) % len(classes), minlength=len(classes))
     drawn = [rng.choice(np.flatnonzero(split.labels == label), turn) for label, turn in zip(classes, turns)]
     return rng.permutation(np.concatenate(drawn))
 
 
 def _ids(rows: Int[np.ndarray, " images"]) -> Int[np.ndarray, " images"]:
-    """The rows; where one comes again, moved on by the number of images each time."""
+    """The rows, to which each repetition of a row adds the number of images."""
     order = np.argsort(rows, kind="stable")
     earlier = np.empty_like(rows)
     earlier[order] = np.arange(len(rows)) - np.searchsorted(rows[order], rows[order])

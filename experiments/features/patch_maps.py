@@ -71,7 +71,7 @@ class Mapper:
         graphdef, state = nnx.split(model)
         self._state = jax.tree.map(lambda x: x.astype(self.dtype), state)
         self._compiled = {}
-        mean, std = (jnp.asarray(numbers, jnp.float32) for numbers in normalisation)
+        mean, std = (jnp.asarray(numbers, jnp.float32)[None, None] for numbers in normalisation)
         # Float32 means float32: accelerators would otherwise multiply in lower precision.
         precision = "highest" if self.dtype == jnp.float32 else "default"
 

@@ -214,14 +214,14 @@ def test_any_number_of_crops(global_crops, local_crops):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"global_crops": 0}, "global_crops is 0"),
-        ({"local_crops": -1}, "local_crops is -1"),
-        ({"local_size": 4, "mode": "v2_paper"}, "crop size is 4"),
+        ({"global_crops": 0}, "global_crops=0 is not 1 or more"),
+        ({"local_crops": -1}, "local_crops=-1 is not 0 or more"),
+        ({"local_size": 4, "mode": "v2_paper"}, "crop size=4"),
         ({"local_scale": (0.4, 0.1)}, "local_scale"),
         ({"global_scale": (0.4, 1.5)}, "global_scale"),
         ({"ratio": (0.0, 1.0)}, "ratio"),
         ({"blur_probabilities": (1.0, 1.1, 0.5)}, "1.1"),
-        ({"jitter": (0.4, 0.4, 0.2, 0.6)}, "hue at most 0.5"),
+        ({"jitter": (0.4, 0.4, 0.2, 0.6)}, "the last at most 0.5"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(wrong, message):

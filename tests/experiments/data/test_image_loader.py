@@ -34,7 +34,7 @@ SPLIT = Split("train", [str(i) for i in range(60)], LABELS, brightness, "")
 
 def epoch_of(split=SPLIT, **options):
     defaults = {"batch_size": 8, "prepare": partial(resize_square, side=2), "shuffle_seed": 0, "epoch": 0}
-    return list(make_loader(split, **{**defaults, "drop_remainder": False, "threads": 2, **options}))
+    return list(make_loader(split, **{**defaults, "threads": 2, **options}))
 
 
 def rows_of(**options):
@@ -73,12 +73,6 @@ def test_the_order_follows_from_seed_and_epoch_whatever_the_threads():
     assert different[2] == [*range(60), *[-1] * 4]
 
 
-def test_the_remainder_is_dropped_where_asked():
-    assert [len(batch.rows) for batch in epoch_of(drop_remainder=True)] == [8] * 7
-    with pytest.raises(UserError, match="--batch-size 61 is more than the 60 train images; lower it"):
-        make_loader(SPLIT, batch_size=61, prepare=brightness, shuffle_seed=0, epoch=0, drop_remainder=True)
-
-
 def test_balanced_sampling_draws_every_class_equally_often_and_no_view_twice():
     seen = np.zeros(60, int)
     for epoch in range(40):
@@ -112,7 +106,6 @@ def test_an_unreadable_image_is_one_sentence_and_no_thread_remains(tmp_path):
         prepare=partial(resize_square, side=4),
         shuffle_seed=None,
         epoch=0,
-        drop_remainder=False,
         threads=3,
     )
     assert [next(loader).rows[0] for _ in range(5)] == [0, 4, 8, 12, 16]
@@ -124,7 +117,7 @@ def test_an_unreadable_image_is_one_sentence_and_no_thread_remains(tmp_path):
 
 def test_threads_end_when_nobody_asks_for_more():
     loader = make_loader(
-        SPLIT, batch_size=4, prepare=partial(resize_square, side=4), shuffle_seed=0, epoch=0, drop_remainder=False, threads=3
+        SPLIT, batch_size=4, prepare=partial(resize_square, side=4), shuffle_seed=0, epoch=0, threads=3
     )
     next(loader)
     del loader
