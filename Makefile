@@ -1,43 +1,57 @@
-# `make demo` and `make test` do everything on a fresh machine: they create .venv, install, and run.
+# Every target works on a fresh machine: it creates .venv and installs what it needs. `make demo` needs much less than
+# `make test`, which compares with PyTorch, transformers and TensorFlow Datasets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+DEMO := $(VENV)/.installed-experiments
+DEV := $(VENV)/.installed-dev
+PYTEST := $(BIN)/python -m pytest --durations=25
 
-.PHONY: help demo test test-all test-network lint bench clean
+# Compiled programs are kept between runs of the tests: compiling is most of their time. `make clean` removes them.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= 0
+
+.PHONY: help demo test test-all test-network lint docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
-$(INSTALLED): pyproject.toml
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+
+# .installed-EXTRA: the checkout with one extra of pyproject.toml.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
 
-demo: $(INSTALLED)  ## probe the bundled digits, then pretrain on them, from command to figure; no download
-	$(BIN)/python -m experiments.cifar10_probe --data digits --weights random:dino_vitt8 --image-size 64 --epochs 20 --out runs/demo
-	$(BIN)/python -m experiments.demo --out runs/demo-dino
+demo: $(DEMO)  ## probe and pretrain on the digits inside scikit-learn: two minutes, no data to download
+	$(BIN)/dinojax probe --data digits --weights random:dino_vitt8 --image-size 64 --epochs 20 --out runs/demo
+	$(BIN)/dinojax demo --out runs/demo-dino
 
-test: $(INSTALLED) lint  ## every test that needs no network and a few minutes
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not network and not slow'
+test: $(DEV) lint docs  ## what CI runs: lint, docs, and every test but the slow ones and those that need the internet
+	$(PYTEST) --numprocesses 2 --dist worksteal -m 'not network and not slow'
 
-test-all: $(INSTALLED) lint  ## also the slow tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not network'
+test-all: $(DEV) lint docs  ## also the slow tests; one of them installs the package from the package index
+	$(PYTEST) --numprocesses 2 --dist worksteal -m 'not network'
 
-test-network: $(INSTALLED)  ## also the official checkpoints, downloaded
-	$(BIN)/python -m pytest -m network
+test-network: $(DEV)  ## only the tests that need the internet: the official checkpoints, downloaded and compared
+	$(PYTEST) -m network
 
-lint: $(INSTALLED)  ## ruff, format and rules
+lint: $(DEV)  ## ruff, format and rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-bench: $(INSTALLED)  ## the speed tables of the README, ours beside PyTorch
+docs: $(DEV)  ## the documentation as a site in build/site; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+bench: $(DEV)  ## the speed tables of the documentation, ours beside PyTorch
 	$(BIN)/python -m benchmarks.features
 	$(BIN)/python -m benchmarks.probes
 	$(BIN)/python -m benchmarks.dino_step
 	$(BIN)/python -m benchmarks.finetune
 
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build
