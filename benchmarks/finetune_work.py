@@ -282,15 +282,15 @@ def _random_classifier(row: Row) -> Any:
     from flax import nnx
 
     from dinojax import VisionTransformer, ViTConfig
-    from dinojax.finetune import Classifier
+    from dinojax.finetune import ImageClassifier
 
     words = {name: getattr(row, name) for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
     # `transformers` resizes the position table without upstream's offset; identical work includes that.
     config = ViTConfig(**words, init_values=1.0, interpolate_offset=0.0)
     rng = np.random.default_rng(0)
 
-    def build(rngs: nnx.Rngs) -> Classifier:
-        return Classifier(VisionTransformer(config, rngs=rngs), row.classes, rngs=rngs)
+    def build(rngs: nnx.Rngs) -> ImageClassifier:
+        return ImageClassifier(VisionTransformer(config, rngs=rngs), row.classes, rngs=rngs)
 
     def draw(path: tuple[Any, ...], parameter: Any) -> Any:
         noise = 0.02 * rng.standard_normal(parameter.shape, np.float32)

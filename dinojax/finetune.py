@@ -37,7 +37,7 @@ ClassWeights = Float[Array | np.ndarray, " classes"]
 DropPathKey = Key[Array, ""] | None
 
 
-class Classifier(nnx.Module):
+class ImageClassifier(nnx.Module):
     """A backbone and a linear layer on its class token, for images as the backbone takes them."""
 
     def __init__(self, backbone: VisionTransformer, classes: int, *, rngs: nnx.Rngs):
@@ -53,7 +53,7 @@ class Classifier(nnx.Module):
 
 
 def split_parameters(
-    model: Classifier, mode: str, *, lora_rank: int = 8, key: Key[Array, ""] | None = None
+    model: ImageClassifier, mode: str, *, lora_rank: int = 8, key: Key[Array, ""] | None = None
 ) -> tuple[PyTree, PyTree]:
     """The parameters that train in one of `MODES`, and those that stay as they are.
 
@@ -84,7 +84,7 @@ def split_parameters(
 
 
 def merge_parameters(trainable: PyTree, frozen: PyTree, *, lora_alpha: float = 16.0) -> PyTree:
-    """All parameters of a plain `Classifier`, to run it or, through `nnx.update`, to export it.
+    """All parameters of a plain `ImageClassifier`, to run it or, through `nnx.update`, to export it.
 
     A kernel with factors becomes kernel + lora_alpha / rank · a @ b.
     """
@@ -188,7 +188,7 @@ def init_finetune_state(
 
 
 def make_logits(
-    model: Classifier,
+    model: ImageClassifier,
     *,
     lora_alpha: float = 16.0,
     compute_dtype: DTypeLike | None = None,

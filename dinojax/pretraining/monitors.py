@@ -38,7 +38,7 @@ def gradient_norms(gradients: Any, clip_norm: float | None) -> tuple[Float[Array
     return jnp.linalg.norm(norms), jnp.mean(clipped, dtype=norms.dtype)
 
 
-def name_collapse(loss: float, feature_std: float, prototypes: int) -> str | None:
+def diagnose_collapse(loss: float, feature_std: float, prototypes: int) -> str | None:
     """A sentence that names a collapse and what to do about it; None where there is none.
 
     To be asked after the warm-up, with means over some steps: at the start every loss is near log K.

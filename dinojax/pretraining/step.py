@@ -66,7 +66,7 @@ class TrainState(NamedTuple):
     center: Float[Array, " prototypes"]
 
 
-class Outcome(NamedTuple):
+class BatchStatistics(NamedTuple):
     """What the teacher and the loss of one batch leave behind for the center and the monitors."""
 
     loss: Float[Array, ""]
@@ -175,7 +175,7 @@ def _make_gradients(
     compute_dtype: DTypeLike | None,
     remat: bool,
     prototype_chunk: int | None,
-) -> Callable[[TrainState, Sequence[Crops], Array | None], tuple[PyTree, Outcome]]:
+) -> Callable[[TrainState, Sequence[Crops], Array | None], tuple[PyTree, BatchStatistics]]:
     """Returns `gradients_of(state, crops, key)`: of the loss of one batch by the student's parameters."""
     graphdef, _ = nnx.split(model, nnx.Param)
 
@@ -184,7 +184,7 @@ def _make_gradients(
             parameters = jax.tree.map(lambda x: x.astype(compute_dtype), parameters)
         return nnx.merge(graphdef, parameters)
 
-    def gradients_of(state: TrainState, crops: Sequence[Crops], key: Array | None) -> tuple[PyTree, Outcome]:
+    def gradients_of(state: TrainState, crops: Sequence[Crops], key: Array | None) -> tuple[PyTree, BatchStatistics]:
         teacher, temperature = network(state.teacher), teacher_temp(state.step)
         features = teacher.features(crops[:1])
 
@@ -207,7 +207,7 @@ def _make_gradients(
 
         loss_of = whole if prototype_chunk is None else in_chunks
         (loss, (teacher_entropy, logits)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.student)
-        return gradients, Outcome(loss, teacher_entropy, logits, feature_std(features[0]))
+        return gradients, BatchStatistics(loss, teacher_entropy, logits, feature_std(features[0]))
 
     return gradients_of
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dinojax.errors import UserError
-from dinojax.finetune import Classifier, head_logits, make_logits
+from dinojax.finetune import ImageClassifier, head_logits, make_logits
 from experiments.data.folder import ImageFolder
 from experiments.data.loader import Batch, epoch_rows, make_loader
 from experiments.data.splits import Split
@@ -64,7 +64,7 @@ class Placement:
 class ImageData:
     """Images that are decoded in every epoch and cropped at random on the device."""
 
-    def __init__(self, config: FinetuneConfig, task: Task, place: Placement, model: Classifier, dtype: str):
+    def __init__(self, config: FinetuneConfig, task: Task, place: Placement, model: ImageClassifier, dtype: str):
         self._config, self._task, self._place = config, task, place
         self._filter = Resampling[config.views.interpolation.upper()]
         self._options = {"batch_size": config.training.batch_size, "threads": config.compute.threads}

@@ -22,8 +22,8 @@ from dinojax import VisionTransformer
 from dinojax.checkpoint import TrainingCheckpoints
 from dinojax.errors import UserError
 from dinojax.finetune import (
-    Classifier,
     FinetuneState,
+    ImageClassifier,
     balanced_class_weights,
     cached_parts,
     count_parameters,
@@ -105,7 +105,7 @@ class Training:
         self.steps_per_epoch = -(-len(train) // training.batch_size)
         self.root = jax.random.key(config.run.seed)
         backbone = _with_drop_path(task.backbone.model, training.drop_path)
-        self.model = Classifier(backbone, len(task.images.class_names), rngs=nnx.Rngs(config.run.seed))
+        self.model = ImageClassifier(backbone, len(task.images.class_names), rngs=nnx.Rngs(config.run.seed))
         self.trainable, self.frozen = split_parameters(
             self.model, training.mode, lora_rank=training.lora_rank, key=jax.random.fold_in(self.root, 2)
         )

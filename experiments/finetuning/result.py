@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from scipy.special import softmax
 
 import dinojax
-from dinojax.finetune import MODES
-from dinojax.finetune import Classifier as TunedClassifier
+from dinojax.finetune import MODES, ImageClassifier
 from experiments.features.extractor import fingerprint
 from experiments.figures.results import save_confusion
 from experiments.figures.style import BLUE, GREEN, INK, ORANGE, RED, save_figure, style
@@ -45,7 +44,7 @@ class BestEpoch(NamedTuple):
 
 
 def finish(
-    folder: Path, config: FinetuneConfig, task: Task, tuned: TunedClassifier, best: BestEpoch, dtype: str
+    folder: Path, config: FinetuneConfig, task: Task, tuned: ImageClassifier, best: BestEpoch, dtype: str
 ) -> None:
     """Writes everything about one mode; metrics.json comes last, and marks the mode as finished."""
     names, log = task.images.class_names, read_log(folder)
@@ -140,7 +139,7 @@ def _metrics(labels: np.ndarray, prediction: Prediction, names: tuple[str, ...],
     return {**metrics, "balanced_accuracy": float(np.mean(recalls))}
 
 
-def _save_model(folder: Path, config: FinetuneConfig, task: Task, tuned: TunedClassifier, dtype: str) -> None:
+def _save_model(folder: Path, config: FinetuneConfig, task: Task, tuned: ImageClassifier, dtype: str) -> None:
     """Saves the backbone, if it changed, and the head as a classifier that `experiments.predict` reads."""
     weights = task.backbone.weights
     if config.training.mode != "linear":

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dinojax import save
 from dinojax.checkpoint import TrainingCheckpoints
 from dinojax.errors import UserError
-from dinojax.pretraining.monitors import name_collapse
+from dinojax.pretraining.monitors import diagnose_collapse
 from dinojax.pretraining.step import TrainState
 from experiments.data.load import load_dataset
 from experiments.data.splits import Dataset
@@ -281,7 +281,7 @@ class Reporter:
         }
         self._since = now
         if window.epoch >= max(1, config.training.warmup_epochs) and window.ends_epoch:
-            self._name_collapse(means)
+            self._diagnose_collapse(means)
         if self.collapse:
             record["collapse"] = self.collapse
         self._log.write(record)
@@ -289,8 +289,8 @@ class Reporter:
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update((window.stop - window.start) * config.training.batch_size)
 
-    def _name_collapse(self, means: dict[str, float]) -> None:
-        sentence = name_collapse(means["loss"], means["feature_std"], self._run.config.model.prototypes)
+    def _diagnose_collapse(self, means: dict[str, float]) -> None:
+        sentence = diagnose_collapse(means["loss"], means["feature_std"], self._run.config.model.prototypes)
         if sentence and not self.collapse:
             self._bar.write(f"note: {sentence}")
         self.collapse = sentence

@@ -13,7 +13,7 @@ from flax import nnx
 from dinojax import VARIANTS, UserError, VisionTransformer, ViTConfig
 from dinojax.finetune import (
     MODES,
-    Classifier,
+    ImageClassifier,
     balanced_class_weights,
     count_parameters,
     finetune_optimizer,
@@ -42,7 +42,9 @@ IMAGES, LABELS = BATCHES[0][0].astype(np.float32), BATCHES[0][1]
 
 
 def abstract_classifier(config=CONFIG, classes=CLASSES):
-    return nnx.eval_shape(lambda: Classifier(VisionTransformer(config, rngs=nnx.Rngs(0)), classes, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(
+        lambda: ImageClassifier(VisionTransformer(config, rngs=nnx.Rngs(0)), classes, rngs=nnx.Rngs(0))
+    )
 
 
 def classifier(parameters=None, **changes):
@@ -286,7 +288,7 @@ def test_parameters_are_counted():
 def test_the_first_head_and_the_first_factors():
     config = ViTConfig(embed_dim=192, num_heads=3, depth=1)
     backbone = nnx.eval_shape(lambda: VisionTransformer(config, rngs=nnx.Rngs(0)))
-    model = Classifier(backbone, 100, rngs=nnx.Rngs(1))
+    model = ImageClassifier(backbone, 100, rngs=nnx.Rngs(1))
     sampling_error = (2 * model.head.kernel.size) ** -0.5  # relative, of a deviation of so many normal numbers
     assert np.std(model.head.kernel) == pytest.approx(0.01, rel=4 * sampling_error)
     assert not model.head.bias[...].any()

@@ -10,7 +10,7 @@ from flax import nnx
 
 from dinojax import DINOHead, VisionTransformer, ViTConfig
 from dinojax.pretraining.augment import MultiCropConfig, multi_crop
-from dinojax.pretraining.monitors import feature_std, gradient_norms, name_collapse, rank_me
+from dinojax.pretraining.monitors import diagnose_collapse, feature_std, gradient_norms, rank_me
 from dinojax.pretraining.optim import dino_optimizer
 from dinojax.pretraining.step import DINO, Batches, init_state, make_pretrain_steps, make_train_step
 
@@ -186,9 +186,9 @@ def test_feature_std_of_healthy_and_collapsed_features():
 
 
 def test_collapse_is_named_with_its_sign_and_a_way_on():
-    assert name_collapse(4.0, 0.8, 1024) is None
-    assert name_collapse(1.02 * math.log(1024), 0.8, 1024) is None  # a student far from its teacher
-    uniform = name_collapse(math.log(1024) * 0.995, 0.8, 1024)
-    same = name_collapse(3.0, 0.01, 1024)
+    assert diagnose_collapse(4.0, 0.8, 1024) is None
+    assert diagnose_collapse(1.02 * math.log(1024), 0.8, 1024) is None  # a student far from its teacher
+    uniform = diagnose_collapse(math.log(1024) * 0.995, 0.8, 1024)
+    same = diagnose_collapse(3.0, 0.01, 1024)
     assert "log(1024)" in uniform and "same way" in same
     assert all("lower the teacher temperature" in sentence for sentence in (uniform, same))
