@@ -1,0 +1,60 @@
+"""The picture of the README: what the model inside the package sees in two photos.
+
+    python docs/picture.py
+
+It writes docs/images/dahlia_and_pavilion.png: each photo, the attention of the class token in two heads of the last
+block, and the first three principal components of its patches as colours. The photos come with scikit-learn, under
+CC BY 2.0: flower.jpg by vultilion and china.jpg by danielbuechele, both from flickr.com.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from converters import load_pretrained
+from dinojax.maps import cls_attention, pca_maps
+
+FILE = Path(__file__).parent / "images" / "dahlia_and_pavilion.png"
+MEAN, STD = (0.4913, 0.4821, 0.4465), (0.2452, 0.2428, 0.2606)  # of the images that the model was trained on
+WIDTH, HEIGHT = 240, 160  # pixels that the model sees
+HEADS = (2, 3)  # of four, from 0
+TITLES = ("photo", "attention, head 3", "attention, head 4", "patch PCA")
+
+
+def main() -> None:
+    """Draws the picture."""
+    model = load_pretrained("dinojax_vitt")
+    rows, columns = HEIGHT // model.config.patch_size, WIDTH // model.config.patch_size
+    photos = [Image.fromarray(load_sample_image(name)) for name in ("flower.jpg", "china.jpg")]
+    pixels = np.stack([np.asarray(photo.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)) for photo in photos])
+    images = ((pixels / 255 - MEAN) / STD).astype(np.float32)
+    attention = cls_attention(jax.jit(lambda model, x: model.get_last_selfattention(x))(model, images), rows, columns)
+    tokens = np.asarray(jax.jit(lambda model, x: model(x).patch_tokens)(model, images))
+
+    figure = Figure(figsize=(9.6, 3.45), facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 4, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
+    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.01, top=0.93)
+    for axes, title in zip(panels[0], TITLES):
+        axes.set_title(title, fontsize=9, loc="left", pad=3)
+    for row, photo, heads, patches in zip(panels, photos, np.asarray(attention), tokens):
+        (colours,) = pca_maps([patches.reshape(rows, columns, -1)], threshold=None)
+        row[0].imshow(photo.resize((480, 320), Image.Resampling.BICUBIC))
+        for axes, head in zip(row[1:3], HEADS):
+            axes.imshow(heads[head], cmap="magma", vmin=0, interpolation="nearest")
+        row[3].imshow(colours.rgb, interpolation="nearest")
+        for axes in row:
+            axes.set_aspect("auto")
+            axes.set_axis_off()
+    FILE.parent.mkdir(exist_ok=True)
+    figure.savefig(FILE, dpi=130)
+    print(f"{FILE}: {FILE.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
