@@ -1,1 +1,1 @@
-"""Images and labels: where they come from, and how they are decoded."""
+"""Labelled images: their sources, how they are decoded, and how they are batched."""

@@ -1,4 +1,4 @@
-"""The scans of handwritten digits inside scikit-learn, as a data set that needs no download."""
+"""scikit-learn's scans of handwritten digits, a data set that needs no download."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from experiments.data.splits import Dataset, Split, digest
 
 
 def load_digits() -> Dataset:
-    """The 1,797 scans of handwritten digits inside scikit-learn, 8×8 px; a fixed stratified fifth is for testing."""
+    """1,797 images of 8×8 px. A fixed fifth, drawn from every class in proportion, is the test split."""
     from sklearn import datasets
 
     digits = datasets.load_digits()
@@ -17,9 +17,7 @@ def load_digits() -> Dataset:
     everything = Split(
         "", [str(i) for i in range(len(images))], digits.target, images.__getitem__, digest(images.tobytes())
     )
-    kept = stratified_subset(digits.target, round(0.8 * len(images)), seed=0)
-    rest = np.setdiff1d(np.arange(len(images)), kept)
-    train, test = (
-        dataclasses.replace(everything.subset(part), name=name) for name, part in (("train", kept), ("test", rest))
-    )
+    training = stratified_subset(digits.target, round(0.8 * len(images)), seed=0)
+    parts = {"train": training, "test": np.setdiff1d(np.arange(len(images)), training)}
+    train, test = (dataclasses.replace(everything.subset(rows), name=name) for name, rows in parts.items())
     return Dataset("digits", tuple(map(str, digits.target_names)), train, test)

@@ -1,4 +1,4 @@
-"""Files of the same content in a folder of images, as sentences: in two splits, in two classes, or twice in one."""
+"""Notes about files with the same content in a folder of images: in two splits, in two classes, or in one class."""
 
 import hashlib
 import os
@@ -17,12 +17,12 @@ _MIDDLE_BYTES = 4096
 
 
 def find_copies(root: Path, splits: dict[str, Split]) -> list[str]:
-    """Notes about files of the same content: in two splits, under two classes, twice in a class."""
+    """A note for each kind of copy, with an example; `splits` are by name, their ids are paths inside `root`."""
     ids = [name for split in splits.values() for name in split.ids]
     role = [name for name, split in splits.items() for _ in split.ids]
     labels = np.concatenate([split.labels for split in splits.values()]).tolist()
     groups = _same_content([root / name for name in ids])
-    # One image of each split and class stands for all of a group, which may hold thousands.
+    # A group may hold thousands of images: its first image of each split and class represents it.
     firsts = [list({(role[i], labels[i]): i for i in reversed(group)}.values()) for group in groups]
 
     def note(name: str, where: str, advice: str, is_copy: Callable[[int, int], bool]) -> list[str]:
@@ -38,11 +38,11 @@ def find_copies(root: Path, splits: dict[str, Split]) -> list[str]:
 
     notes = []
     for name, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
-        advice = "accuracy on such images is flattering; remove one of each"
+        advice = "the accuracy on such images is too high; remove one of each"
         notes += note(name, f"also among the {WORDS[other]} images", advice, lambda _, j, other=other: role[j] == other)
     for name in splits:
         same_split = [
-            ("also under another class", "keep the right one of each", lambda i, j: labels[i] != labels[j]),
+            ("also in another class", "keep the right one of each", lambda i, j: labels[i] != labels[j]),
             ("a second time in the same class", "remove it", lambda i, j: labels[i] == labels[j] and i != j),
         ]
         for where, advice, is_copy in same_split:
@@ -51,9 +51,10 @@ def find_copies(root: Path, splits: dict[str, Split]) -> list[str]:
 
 
 def _same_content(paths: Sequence[Path]) -> list[list[int]]:
-    """Groups of files, by index and in order, with the same bytes: by size, then a piece, and only then all of it.
+    """Groups of files with the same bytes, as indices in order.
 
-    The piece keeps folders of uncompressed images, whose sizes are all equal, from being read as a whole.
+    Files are compared by size, then by a piece from the middle, and only then as a whole: uncompressed images often
+    have the same size.
     """
     marks, left, groups = [()] * len(paths), range(len(paths)), []
     for mark in (lambda path: path.stat().st_size, _middle, _sha256):

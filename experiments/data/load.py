@@ -1,4 +1,4 @@
-"""Labelled images by name or path: the one entry that every command uses."""
+"""Labelled images by name or path, for every command that probes or pretrains."""
 
 import dataclasses
 from pathlib import Path
@@ -19,18 +19,18 @@ def load_dataset(
     max_test: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """The data set that `data` names: "digits", a folder, "tiny_imagenet", or a TensorFlow Datasets name ("cifar10").
+    """The data set that `data` names.
 
     Args:
-        data: see above.
-        data_dir: where TensorFlow Datasets keeps its files (None is its own default) and Tiny-ImageNet was extracted
-            (None is the working folder).
-        max_train: draw this many training images, from every class in proportion to its size.
-        max_test: likewise.
-        seed: of that draw.
+        data: "digits", a folder, "tiny_imagenet", or a TensorFlow Datasets name such as "cifar10".
+        data_dir: folder of prepared TensorFlow Datasets (None takes its own default) and of tiny-imagenet-200 (None
+            takes the working folder).
+        max_train: number of training images to draw, from every class in proportion to its size. None takes all.
+        max_test: number of test images to draw, in the same way.
+        seed: of the draws.
 
     Raises:
-        UserError: everything that keeps the images from being read, within seconds.
+        UserError: the data set is not found, damaged, or has too few classes or images.
     """
     root = Path(data).expanduser()
     if data == "digits":
@@ -51,7 +51,7 @@ def load_dataset(
 
 
 def _load_tiny_imagenet(data_dir: Path | None) -> Dataset:
-    """The extracted folder in `data_dir` or the working folder, else the TFDS set, prepared if need be."""
+    """From the extracted folder in `data_dir` or the working folder; else from TFDS, prepared if necessary."""
     folder = (data_dir or Path()).expanduser() / tiny_imagenet.FOLDER
     if tiny_imagenet.is_tiny_imagenet(folder):
         return tiny_imagenet.load_tiny_imagenet(folder)

@@ -1,4 +1,4 @@
-"""TensorFlow Datasets as `Dataset`s, read without TensorFlow; only preparing a set for the first time needs it."""
+"""TensorFlow Datasets, read without TensorFlow; preparing a set for the first time needs it."""
 
 import difflib
 import importlib.util
@@ -21,34 +21,38 @@ WAYS_ON = "pass --data DIR with train/<class>/ and test/<class>/ folders, or --w
 
 
 def load_tfds(name: str, data_dir: Path | None = None) -> Dataset:
-    """A TensorFlow Datasets set with one image and one label; TensorFlow is only needed to prepare it the first time.
+    """A set of TensorFlow Datasets whose examples have an image and a label; it is prepared if necessary.
 
     Raises:
-        UserError: an unknown name, no image or label, not prepared and no way to do it here, or a format that cannot
-            be read by position.
+        UserError: the name is unknown, the set has no image or label, cannot be prepared here, or has a format without
+            random access.
     """
     import_tfds(name, WAYS_ON)
     return read_prepared(name, _prepared_builder(name, data_dir))
 
 
 def import_tfds(name: str, ways_on: str) -> None:
-    """Imports TensorFlow Datasets and keeps it quiet.
+    """Imports TensorFlow Datasets without its warnings.
+
+    Args:
+        name: of the data set that needs it, for the message.
+        ways_on: what the user can do without it, for the message.
 
     Raises:
-        UserError: it is not installed; data set `name` needs it, or one of the `ways_on` without it.
+        UserError: it is not installed.
     """
     if importlib.util.find_spec("tensorflow_datasets") is None:
-        raise UserError(f"--data {name}: reading it needs `pip install 'dinojax[tfds]'`; else {ways_on}")
+        raise UserError(f"--data {name}: reading it needs `pip install 'dinojax[tfds]'`; or {ways_on}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     importlib.import_module("tensorflow_datasets")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of every set that is not prepared yet
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns about every set that is not prepared
 
 
 def read_prepared(name: str, builder: Any) -> Dataset:
-    """The data set of a TFDS builder whose files are on disk, read by position.
+    """The data set of a TFDS builder whose files are on disk.
 
     Raises:
-        UserError: it has no image with a label, no two splits, or a format that cannot be read by position.
+        UserError: it has no image with a label, no training or test split, or a format without random access.
     """
     features = builder.info.features
     image_key, label_key = _image_and_label(name, features)
@@ -63,7 +67,7 @@ def read_prepared(name: str, builder: Any) -> Dataset:
 
 
 def _prepared_builder(name: str, data_dir: Path | None) -> Any:
-    """The builder of a set that is on disk, prepared now if need be."""
+    """The builder of a set on disk, which is prepared now if necessary."""
     import tensorflow_datasets as tfds
 
     try:
@@ -73,7 +77,9 @@ def _prepared_builder(name: str, data_dir: Path | None) -> Any:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close and name not in close else WAYS_ON
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--data {name} is no folder and no TensorFlow Datasets set ({reason}); {hint}") from error
+        raise UserError(
+            f"--data {name} is neither a folder nor a TensorFlow Datasets name ({reason}); {hint}"
+        ) from error
     if builder.is_prepared():
         return builder
     missing = f"--data {name} is not prepared in {builder.data_path.parent.parent}"
@@ -81,16 +87,16 @@ def _prepared_builder(name: str, data_dir: Path | None) -> Any:
     if not reachable(source, PATIENCE_SECONDS):
         raise UserError(f"{missing} and {urlsplit(source).hostname} cannot be reached to download it; {WAYS_ON}")
     if importlib.util.find_spec("tensorflow") is None:
-        raise UserError(f"{missing} and doing that once needs `pip install 'dinojax[tensorflow]'`; else {WAYS_ON}")
+        raise UserError(f"{missing} and preparing it needs `pip install 'dinojax[tensorflow]'`; or {WAYS_ON}")
     import tensorflow as tf
 
-    tf.config.set_visible_devices([], "GPU")  # it would take all of the memory
+    tf.config.set_visible_devices([], "GPU")  # TensorFlow would take all of its memory
     builder.download_and_prepare(file_format="array_record")
     return builder
 
 
 def _source_url(builder: Any) -> str:
-    """One of the addresses that preparing the set downloads from."""
+    """An address that preparing the set downloads from."""
     return next(iter(builder.url_infos or {}), TFDS_STORE)
 
 
@@ -105,7 +111,7 @@ def _image_and_label(name: str, features: Any) -> tuple[str, str]:
 
 
 def _tfds_split(builder: Any, name: str, source_name: str, image_key: str, label_key: str) -> Split:
-    """Images stay encoded until they are read; labels are collected now."""
+    """A split whose labels are read now, and whose images are decoded when they are needed."""
     import tensorflow_datasets as tfds
 
     skip = {image_key: tfds.decode.SkipDecoding()}
@@ -114,7 +120,7 @@ def _tfds_split(builder: Any, name: str, source_name: str, image_key: str, label
     except NotImplementedError as error:
         raise UserError(
             f"--data {builder.name}: it was prepared in {builder.data_path} in a format without random access; "
-            "give an empty folder as --data-dir to prepare it anew"
+            "give an empty folder as --data-dir to prepare it again"
         ) from error
     features = builder.info.features
     has_ids = "id" in features and isinstance(features["id"], tfds.features.Text)

@@ -1,7 +1,7 @@
 """Tiny-ImageNet in its official layout: `wnids.txt`, `train/<wnid>/images/`, `val/images/` and `val_annotations.txt`.
 
-It is read from the extracted folder, or from the official zip as it is. The labels of the official test split were
-never published; the validation split, whose labels are in a table beside its images, is what one is judged on.
+It is read from the extracted folder or from the official zip. The labels of the official test split were never
+published, so models are evaluated on the validation split, whose labels are in a table beside its images.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ class Archive(NamedTuple):
     sha256: str
 
 
-# The authors publish no digest. Size and SHA-256 are those that independent projects recorded of this address, among
-# them t-SimCNE (berenslab/t-simcne, cnexp/dataset/tiny_imagenet.py).
+# The authors publish no digest. Independent projects recorded this size and SHA-256 of the file, among them t-SimCNE
+# (berenslab/t-simcne, cnexp/dataset/tiny_imagenet.py).
 ARCHIVE = Archive(
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     248_100_043,
@@ -39,14 +39,12 @@ ARCHIVE = Archive(
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What belongs to which class, by the official files.
+    """The images of each class, as paths inside the data set.
 
     Attributes:
-        class_names: the first word of each class in the order of the labels, which is that of the wnids; with its
-            wnid where two share one.
-        train: paths of the training images inside the data set, by wnid; each wnid is there, in the order of the
-            labels, with as many images as there are.
-        validation: likewise, in the order of the table; a wnid that has none may be absent.
+        class_names: the first word of each class, with its wnid where two classes share it; labels are indices.
+        train: wnid → training images, for every wnid, in the order of the labels.
+        validation: wnid → validation images, in the order of the table, for every wnid that has any.
     """
 
     class_names: tuple[str, ...]
@@ -55,15 +53,15 @@ class Layout:
 
 
 def is_tiny_imagenet(root: Path) -> bool:
-    """Whether a folder has the official layout."""
+    """Whether a folder has the layout of the official zip."""
     return (root / "wnids.txt").is_file() and (root / _ANNOTATIONS).is_file()
 
 
 def load_tiny_imagenet(root: Path) -> Dataset:
-    """The data set in a folder for which `is_tiny_imagenet` holds; incomplete classes are taken as they are.
+    """The data set in a folder for which `is_tiny_imagenet` holds; a class may be incomplete.
 
     Raises:
-        UserError: a class without training images, or a table that does not fit the images.
+        UserError: a class has no training images, or the table does not match the images.
     """
     layout = read_layout(root)
     train, test = (
@@ -77,7 +75,7 @@ def read_layout(source: Path) -> Layout:
     """The layout of an extracted folder or of the official zip.
 
     Raises:
-        UserError: a class without training images, or a table that does not fit the images.
+        UserError: a class has no training images, or the table does not match the images.
     """
     names = _file_names(source)
     with reading(source) as read:
@@ -94,7 +92,7 @@ def read_layout(source: Path) -> Layout:
 
 @contextlib.contextmanager
 def reading(source: Path) -> Iterator[Callable[[str], bytes]]:
-    """A function that reads one file of the data set, by its path inside, from the folder or the zip."""
+    """Yields a function that reads a file of the folder or the zip by its path inside the data set."""
     if source.is_dir():
         yield lambda name: (source / name).read_bytes()
     else:
@@ -110,7 +108,7 @@ def _file_names(source: Path) -> set[str]:
 
 
 def _by_folder(names: set[str]) -> defaultdict[str, list[str]]:
-    """The images of each folder, in the order of their names; nothing hidden."""
+    """Folder → its images, sorted by name, without hidden ones."""
     folders = defaultdict(list)
     for name in sorted(names):
         path = PurePosixPath(name)
@@ -120,7 +118,7 @@ def _by_folder(names: set[str]) -> defaultdict[str, list[str]]:
 
 
 def _validation(source: Path, names: set[str], wnids: list[str], table: str) -> dict[str, list[str]]:
-    """Validation images by class, from the table."""
+    """wnid → validation images, from the table."""
     images = defaultdict(list)
     for line in table.splitlines():
         file, wnid, *_ = [*line.split("\t"), ""]
@@ -133,7 +131,7 @@ def _validation(source: Path, names: set[str], wnids: list[str], table: str) -> 
 
 
 def _class_names(wnids: list[str], words: str) -> tuple[str, ...]:
-    """The first word of each class, with its wnid where two share one."""
+    """The first word of each class, with its wnid where two classes share it."""
     texts = {wnid: text.split(",")[0] for wnid, _, text in (line.partition("\t") for line in words.splitlines())}
     first = [texts.get(wnid, wnid) for wnid in wnids]
     return tuple(name if first.count(name) == 1 else f"{name} ({wnid})" for name, wnid in zip(first, wnids))

@@ -1,7 +1,7 @@
-"""Tiny-ImageNet as a TensorFlow Datasets builder, from the official zip; it needs no TensorFlow.
+"""A TensorFlow Datasets builder of Tiny-ImageNet from the official zip, which does not need TensorFlow.
 
-The encoded images are copied as they are. They keep their order, so image i of a split is the same whether the set is
-read from the extracted folder or from here.
+The encoded images are copied unchanged and in order, so that image i of a split is the same whether the set is read
+from the extracted folder or from here.
 """
 
 import io
@@ -19,20 +19,20 @@ from experiments.data.tiny_imagenet import ARCHIVE, FOLDER, NAME, is_tiny_imagen
 
 
 def load_prepared(data_dir: Path | None) -> Dataset:
-    """The TFDS set in `data_dir` (None is TFDS's own default), prepared now if it is not there.
+    """The TFDS set in `data_dir` (None is TFDS's own default), which is prepared now if necessary.
 
     Raises:
-        UserError: it could not be downloaded, or is damaged.
+        UserError: the set could not be downloaded, or is damaged.
     """
     builder = TinyImagenet(data_dir=data_dir and data_dir.expanduser())
     if not builder.is_prepared():
-        fetch(Path(builder.data_dir_root))  # TFDS would fetch it, too, but leave a folder behind where that fails
+        fetch(Path(builder.data_dir_root))  # if TFDS failed to download it, it would leave a folder behind
         builder.download_and_prepare(file_format="array_record")
     return read_prepared(NAME, builder)
 
 
 def fetch(root: Path) -> Path:
-    """The extracted folder or the verified zip in `root`; the zip is downloaded to there if neither is there.
+    """The extracted folder or the verified zip in `root`. If neither is there, the zip is downloaded.
 
     Raises:
         UserError: the download failed, or the zip is not the official one.
@@ -45,13 +45,14 @@ def fetch(root: Path) -> Path:
             return download(ARCHIVE.url, zipped, size=ARCHIVE.size, sha256=ARCHIVE.sha256)
         except UserError as error:
             raise UserError(
-                f"--data {NAME} is not in {root} and its download failed: {error}. Other ways: put {ARCHIVE.url} from "
-                "another machine there, or extract it and pass its folder as --data"
+                f"--data {NAME} is not in {root}, and its download failed: {error}; download {ARCHIVE.url} elsewhere "
+                f"and put it into {root}, or extract it and pass its folder as --data"
             ) from error
     if (digest := sha256_of(zipped)) != ARCHIVE.sha256:
         raise UserError(
-            f"{zipped} is damaged or not the official file (its SHA-256 is {digest[:12]}… where {ARCHIVE.sha256[:12]}… "
-            "is on record); remove it and the same command downloads it, or extract it and pass its folder as --data"
+            f"{zipped} is damaged or not the official file (its SHA-256 is {digest[:12]}…, not "
+            f"{ARCHIVE.sha256[:12]}…); remove it, and the same command downloads it again, or extract it and pass its "
+            "folder as --data"
         )
     return zipped
 
@@ -59,8 +60,8 @@ def fetch(root: Path) -> Path:
 class TinyImagenet(tfds.core.GeneratorBasedBuilder):
     """100,000 training and 10,000 validation images of 200 classes, 64×64 px.
 
-    The images come from `tiny-imagenet-200/` in its `data_dir` where that is there, from `tiny-imagenet-200.zip` there
-    otherwise; the zip is downloaded to that place if need be.
+    The images are those of `tiny-imagenet-200/` in the builder's `data_dir`; if that does not exist, of
+    `tiny-imagenet-200.zip` there, which is downloaded if necessary.
     """
 
     VERSION = tfds.core.Version("1.0.0")

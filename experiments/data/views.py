@@ -1,4 +1,4 @@
-"""Augmented views of images as splits of their own, so that their features are cached like any others."""
+"""Random views of images as splits of their own, so that their features are cached like any others."""
 
 import math
 
@@ -14,9 +14,9 @@ _TRIES = 10
 
 
 def augmented(split: Split, view: int, size: int) -> Split:
-    """The images of `split`, each randomly cropped, resized to `size` × `size` px (bicubic) and flipped or not.
+    """A random view of each image: cropped, resized to `size` × `size` px (bicubic), and flipped half of the time.
 
-    Crops and flips depend on the image's index and on `view` alone: they are the same in every run.
+    Crops and flips follow from the image's index and `view` alone, so they are the same in every run.
     """
 
     def read(index: int) -> Pixels:
@@ -36,7 +36,10 @@ def _random_view(pixels: Pixels, size: int, rng: np.random.Generator) -> UInt8[n
 
 
 def _crop_size(height: int, width: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Area and ratio drawn until they fit, as torchvision's RandomResizedCrop; else the largest centre ratio."""
+    """Height and width: area and ratio are drawn until the crop fits; after ten tries it is as large as possible.
+
+    Source: torchvision `RandomResizedCrop.get_params`.
+    """
     for _ in range(_TRIES):
         area = height * width * rng.uniform(*SCALE)
         ratio = math.exp(rng.uniform(*map(math.log, RATIO)))

@@ -158,7 +158,7 @@ def test_a_test_image_that_was_trained_on_is_noted(tmp_path):
         write(tmp_path / name, COLOURS // divisor)
     assert load_dataset(str(tmp_path)).notes == (
         "1 test image is also among the training images (for example test/dog/copy.png = train/dog/seen.png): "
-        "accuracy on such images is flattering; remove one of each",
+        "the accuracy on such images is too high; remove one of each",
     )
 
 
@@ -251,5 +251,5 @@ def test_a_set_that_is_not_prepared_and_out_of_reach_is_one_sentence(tmp_path, m
     [("cifar11", "did you mean cifar10"), ("digit", "did you mean digits"), ("cifar10:9.9.9", "at version 9.9.9")],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name, hint):
-    with pytest.raises(UserError, match=f"--data {name} is no folder and no TensorFlow Datasets set.*{hint}"):
+    with pytest.raises(UserError, match=f"--data {name} is neither a folder nor a TensorFlow Datasets name.*{hint}"):
         load_dataset(name)

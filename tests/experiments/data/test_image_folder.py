@@ -137,10 +137,10 @@ def test_copies_are_counted_by_where_they_are(folder):
         write(folder, f"validation/dog/{name}.jpg", b"four times")
     assert load_image_folder(folder).notes == (
         "2 validation images are also among the training images (for example validation/cat/copy 0.jpg = training/cat/"
-        "seen 0.jpg): accuracy on such images is flattering; remove one of each",
+        "seen 0.jpg): the accuracy on such images is too high; remove one of each",
         "1 test image is also among the training images (for example test/dog/copy.jpg = training/dog/0.jpg): "
-        "accuracy on such images is flattering; remove one of each",
-        "2 training images are also under another class (for example training/cat/both.jpg = training/dog/both.jpg): "
+        "the accuracy on such images is too high; remove one of each",
+        "2 training images are also in another class (for example training/cat/both.jpg = training/dog/both.jpg): "
         "keep the right one of each",
         "3 validation images are a second time in the same class (for example validation/dog/b.jpg = "
         "validation/dog/a.jpg): remove it",

@@ -23,7 +23,7 @@ def test_labels_follow_the_images(root, by_name):
 
 def test_without_tfds_an_absent_folder_names_its_source(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'dinojax\[tfds\]'`; else extract http://cs231n.* as --data"):
+    with pytest.raises(UserError, match=r"pip install 'dinojax\[tfds\]'`; or extract http://cs231n.* as --data"):
         load_dataset("tiny_imagenet", data_dir=tmp_path)
 
 

@@ -120,8 +120,8 @@ def test_another_zip_is_refused_and_stays(zipped, data_dir):
 
 
 def test_out_of_reach_is_one_sentence_with_ways_on(zipped, data_dir):
-    ways = "cannot be reached.* put http.* there, or extract it and pass its folder as --data"
-    with pytest.raises(UserError, match=f"tiny_imagenet is not in {data_dir} and its download failed: .*{ways}"):
+    ways = "cannot be reached.* put it into .*, or extract it and pass its folder as --data"
+    with pytest.raises(UserError, match=f"tiny_imagenet is not in {data_dir}, and its download failed: .*{ways}"):
         load_dataset("tiny_imagenet", data_dir=data_dir)
     assert found(data_dir) == []
 
