@@ -112,7 +112,7 @@ def test_a_run_stopped_then_killed_equals_the_uninterrupted_one_bit_for_bit(unin
     assert results[0]["test_knn_accuracy"] == results[1]["test_knn_accuracy"]
 
 
-def test_the_evaluation_follows_the_training_and_is_made_up_for(uninterrupted, tmp_path, capsys):
+def test_the_evaluation_follows_the_training_and_agrees_with_its_k_nn(uninterrupted, tmp_path, capsys):
     """As `experiments.evaluate` evaluates the run; what the labels do not allow is left out with a sentence."""
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)  # a run that was interrupted before its evaluation
@@ -121,6 +121,10 @@ def test_the_evaluation_follows_the_training_and_is_made_up_for(uninterrupted, t
     result = json.loads((folder / "evaluation" / "result.json").read_text())
     assert list(result["networks"]) == ["teacher", "student", "untrained"]
     assert {row["probe"] for row in result["rows"]} >= {"knn_20", "knn5", "linear_crops", "5_shot_linear"}
+    evaluated = {row["network"]: row["accuracy"] for row in result["rows"] if row["features"] == "cls"
+                 and row["probe"] == "knn_20"}  # fmt: skip
+    known = json.loads((folder / "result.json").read_text())["test_knn_accuracy"]
+    assert {name: evaluated[name] for name in ("teacher", "student")} == {n: known[n] for n in ("teacher", "student")}
     shown = (folder / "evaluation" / "result.json").stat().st_mtime_ns
     capsys.readouterr()
     pretrain(config)
