@@ -19,7 +19,7 @@ from experiments.runs.settings import flat, unimportant
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.json", "metrics.json", "result.json"
-TRACES_OF_TRAINING = ("checkpoints", "metrics.jsonl")  # what a training's run folder holds from its start on
+TRACES_OF_TRAINING = ("checkpoints", "metrics.jsonl")  # what the run folder of a training holds from the start
 
 
 def default_run_folder(command: str) -> Path:
@@ -29,12 +29,12 @@ def default_run_folder(command: str) -> Path:
 
 @contextmanager
 def run_folder(path: Path) -> Iterator[Path]:
-    """A folder to write a run's files to, which become `path` at the end; an exception leaves `path` as it was.
+    """A temporary folder for the files of a run, which move to `path` at the end; an exception leaves `path` unchanged.
 
     Files of an earlier run in `path` are replaced by those of the same name.
 
     Raises:
-        UserError: `path` is a file, a folder that no run made or the one of a training, or cannot be written.
+        UserError: `path` is a file, the folder of a training, a folder that no run made, or cannot be written.
     """
     path = path.expanduser()
     if path.exists() and not path.is_dir():
@@ -121,7 +121,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under another name, then renames it: `path` never holds half of it."""
+    """Writes a file under another name, then renames it, so that `path` is never half written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(content)
@@ -132,7 +132,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device and commit: what a number depends on beside its configuration."""
+    """Versions, device and commit: what a number depends on apart from the settings."""
     import jax
 
     packages = ("dinojax", "jax", "jaxlib", "flax", "optax", "numpy", "pillow")
@@ -148,7 +148,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the project's checkout, with "+changes" where files differ from it; None outside one."""
+    """The commit of the project's checkout, with "+changes" if files differ from it; None outside a checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
