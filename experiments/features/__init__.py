@@ -1,1 +1,1 @@
-"""Frozen backbones as sources of features."""
+"""Frozen backbones, and the features they compute from images."""

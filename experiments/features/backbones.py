@@ -1,6 +1,6 @@
-"""The backbone that a command is given: published, from a file or folder, from a training's run, or never trained.
+"""The backbone that a command is given: a published one, a file or folder, a training's run, or random weights.
 
-With it come what its weights expect of images: the mean and deviation of the pixels, and the size it was trained at.
+A backbone comes with the normalisation and the size of the images that it was trained on.
 """
 
 import json
@@ -21,21 +21,21 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 RANDOM = "random"
 DEFAULT_SHAPE = "dinov2_vits14"
 NETWORKS = ("teacher", "student")
-_LARGEST_DEFAULT = 224  # DINOv2's weights are made for 518 px and evaluated at 224
+_LARGEST_DEFAULT = 224  # DINOv2's weights were trained at 518 px and evaluated at 224 px
 
-Normalisation = Sequence[Sequence[float]]  # mean and deviation of red, green and blue, on a scale of 0 to 1
+Normalisation = Sequence[Sequence[float]]  # mean and standard deviation of red, green and blue (0–1)
 
 
 class Backbone(NamedTuple):
-    """A model and what it expects.
+    """A model and what it expects of images.
 
     Attributes:
-        model: any size.
-        weights: what it was read from; of a run folder, the folder of its network.
-        normalisation: mean and deviation of the pixels (0–1) it was trained with.
-        image_size: pixels of the images it was trained on; where that is not known, its position embeddings' size,
-            and 224 for those that are larger.
-        source: where a model folder says its weights come from.
+        model: of any size.
+        weights: what the model was read from; in a run folder, the folder of the network.
+        normalisation: mean and standard deviation of the pixels (0–1) that the model was trained with.
+        image_size: side in pixels of the images that the model was trained on. If it is not known, this is the size of
+            the position embeddings, at most 224.
+        source: origin of the weights, as recorded in the model folder.
     """
 
     model: VisionTransformer
@@ -51,11 +51,11 @@ def load_backbone(weights: str, *, seed: int, cache_dir: Path, network: str = NE
     Args:
         weights: a published name, a file, a folder, a training's run folder, "random" or "random:NAME".
         seed: of random weights.
-        cache_dir: of downloaded weights.
-        network: which one of a run folder.
+        cache_dir: folder of downloaded weights.
+        network: name of a network in a run folder.
 
     Raises:
-        UserError: no such checkpoint, file, network or architecture, or none that can be had here.
+        UserError: the checkpoint, file, network or architecture does not exist, or cannot be downloaded.
     """
     weights = find_network(weights, network)
     model, source = _load_model(weights, seed, cache_dir), _source(weights)
@@ -64,26 +64,26 @@ def load_backbone(weights: str, *, seed: int, cache_dir: Path, network: str = NE
 
 
 def find_networks(weights: str) -> dict[str, str]:
-    """The model folders of a run folder by the names of its networks, teacher first; none where it is no run folder.
+    """Network → its model folder in a run folder, the teacher first; empty if `weights` is not a run folder.
 
     Raises:
-        UserError: the run folder is of a training that did not end yet.
+        UserError: the training of the run folder has not ended.
     """
     folder = Path(weights).expanduser()
     held = {name: str(folder / name) for name in NETWORKS if is_model_folder(folder / name)}
     if not held and any((folder / trace).exists() for trace in TRACES_OF_TRAINING):
         raise UserError(
             f"{weights} is the run of a training that has not ended: it holds no {NETWORKS[0]} yet; repeat the "
-            "training's command, which goes on with it"
+            "training's command, which resumes it"
         )
     return held
 
 
 def find_network(weights: str, network: str = NETWORKS[0]) -> str:
-    """The model folder in a training's run folder; anything else is returned as it is.
+    """The model folder of a network in a training's run folder; other `weights` are returned unchanged.
 
     Raises:
-        UserError: the run folder does not hold that network, or there is nothing to choose from.
+        UserError: the run folder does not hold the network, or the student is asked for and there is no run folder.
     """
     held = find_networks(weights)
     if network in held:
@@ -91,18 +91,18 @@ def find_network(weights: str, network: str = NETWORKS[0]) -> str:
     if held:
         raise UserError(f"--network {network}: {weights} holds no model of that name, only {next(iter(held))}")
     if network != NETWORKS[0]:
-        raise UserError(f"--network {network}: {weights} is no run folder of a training with several networks")
+        raise UserError(f"--network {network}: {weights} is not the run folder of a training with several networks")
     return weights
 
 
 def find_normalisation(weights: str) -> Normalisation:
-    """Mean and deviation of the pixels (0–1) a model was trained with: its own where they are kept, else ImageNet's."""
+    """Mean and standard deviation of the pixels (0–1): those recorded with the weights, or else ImageNet's."""
     source = _source(weights)
     return (source["mean"], source["std"]) if "mean" in source else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def is_random(weights: str) -> bool:
-    """Whether a model that was never trained is asked for."""
+    """Whether `weights` stands for random weights."""
     return weights == RANDOM or weights.startswith(f"{RANDOM}:")
 
 
@@ -110,9 +110,9 @@ def _load_model(weights: str, seed: int, cache_dir: Path) -> VisionTransformer:
     if is_random(weights):
         name = weights.removeprefix(RANDOM).removeprefix(":") or DEFAULT_SHAPE
         if name not in VARIANTS:
-            raise UserError(f"{weights}: {name!r} is none of {', '.join(VARIANTS)}")
+            raise UserError(f"{weights}: {name!r} is not one of {', '.join(VARIANTS)}")
         return VisionTransformer(VARIANTS[name], rngs=nnx.Rngs(seed))
-    # Torch is only loaded where a PyTorch file is read.
+    # This import is here because it loads torch when a PyTorch file is read.
     from converters.pretrained import load_pretrained, read_model
 
     path = Path(weights).expanduser()
@@ -127,6 +127,6 @@ def _load_model(weights: str, seed: int, cache_dir: Path) -> VisionTransformer:
 
 
 def _source(weights: str) -> dict[str, Any]:
-    """What is kept beside the weights in a folder that `dinojax.save` wrote."""
+    """What `dinojax.save` recorded with the weights in a model folder."""
     folder = shipped_folder(weights) or Path(weights).expanduser()
     return json.loads((folder / CONFIG_FILE).read_text()).get("source", {}) if is_model_folder(folder) else {}

@@ -1,4 +1,4 @@
-"""Arrays on disk in numbered shards: each is written whole or not at all, and checked when it is read."""
+"""Arrays on disk in numbered shards, which are written whole or not at all, and checked when they are read."""
 
 import dataclasses
 import hashlib
@@ -19,13 +19,13 @@ META_FILE = "meta.json"
 
 @dataclasses.dataclass(frozen=True)
 class ShardCache:
-    """A folder of shards of one array; `description` is kept beside them in `meta.json` for readers."""
+    """A folder with the shards of one array; `meta.json` beside them holds the `description`."""
 
     folder: Path
     description: Mapping[str, object]
 
     def read(self, shard: int, shape: tuple[int, ...]) -> np.ndarray | None:
-        """The shard, or None where it is missing, damaged or of another shape."""
+        """The shard, or None if it is missing, damaged or of another shape."""
         path = self._path(shard)
         try:
             with safetensors.safe_open(path, "numpy") as file:
@@ -38,7 +38,7 @@ class ShardCache:
         """Adds or replaces a shard.
 
         Raises:
-            UserError: the folder cannot be written, or the disk is full; nothing half-written is left.
+            UserError: the folder cannot be written, or the disk is full; no partial file remains.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

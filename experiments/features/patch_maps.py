@@ -1,4 +1,4 @@
-"""A model as a function of pictures of any size and shape: its attention and its patch features."""
+"""Attention and patch features of pictures of any size and shape."""
 
 import dataclasses
 import os
@@ -14,18 +14,19 @@ from jaxtyping import Float, UInt8
 from dinojax import maps
 from dinojax.errors import UserError
 from experiments.features.backbones import Normalisation
+from experiments.runs.settings import Dtype, resolve_dtype
 
 if TYPE_CHECKING:
     from dinojax.models.vit import VisionTransformer
 
-_MOST_MEMORY = 0.8  # of what there is
+_MOST_MEMORY = 0.8  # share of the memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image file and how it is shown: resized to `resized` (height, width), then cut to `size`.
+    """An image file, resized to `resized` (height, width) and cropped to `size`.
 
-    `name` is what the names of its output files start with.
+    The names of its output files start with `name`.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Picture:
     size: tuple[int, int]
 
     def read(self) -> UInt8[np.ndarray, "height width 3"]:
-        """Its pixels as they are shown."""
+        """The resized and cropped pixels."""
         from PIL import Image
 
         from experiments.data.splits import decode_rgb
@@ -46,9 +47,11 @@ class Picture:
 
 
 class PatchMaps(NamedTuple):
-    """What the last block makes of an image's patches.
+    """The patches of an image in the last block.
 
-    `attention` is the class token's: the mean of the heads, then each head. `features` are after the final norm.
+    Attributes:
+        attention: attention of the class token to each patch: the mean of the heads, then each head.
+        features: patch tokens after the final norm.
     """
 
     attention: Float[np.ndarray, "maps rows columns"]
@@ -56,23 +59,22 @@ class PatchMaps(NamedTuple):
 
 
 class Mapper:
-    """A model as a function of pictures of any size; compiled once for each size.
+    """Computes patch maps of pictures of any size; the model is compiled once for each size.
 
     Args:
         model: of any patch size.
-        normalisation: mean and deviation of the pixels (0–1) that the weights expect.
-        dtype: what the model computes in.
+        normalisation: mean and standard deviation of the pixels (0–1) that the model expects.
+        dtype: number type of the model's computation; "auto" is float32 on a CPU and bfloat16 on accelerators.
     """
 
-    def __init__(self, model: "VisionTransformer", normalisation: Normalisation, dtype: str):
-        on_cpu = jax.default_backend() == "cpu"
-        self.dtype = jnp.dtype(("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype)
+    def __init__(self, model: "VisionTransformer", normalisation: Normalisation, dtype: Dtype):
+        self.dtype = jnp.dtype(resolve_dtype(dtype))
         self.config = model.config
         graphdef, state = nnx.split(model)
         self._state = jax.tree.map(lambda x: x.astype(self.dtype), state)
         self._compiled = {}
         mean, std = (jnp.asarray(numbers, jnp.float32)[None, None] for numbers in normalisation)
-        # Float32 means float32: accelerators would otherwise multiply in lower precision.
+        # Accelerators would otherwise multiply float32 in lower precision.
         precision = "highest" if self.dtype == jnp.float32 else "default"
 
         def forward(state, pixels):
@@ -80,7 +82,7 @@ class Mapper:
             grid = [side // self.config.patch_size for side in pixels.shape[:2]]
             with jax.default_matmul_precision(precision):
                 model = nnx.merge(graphdef, state)
-                # XLA finds that both pass through the same blocks.
+                # XLA computes the blocks that both have in common once.
                 attention, features = model.get_last_selfattention(images), model(images).patch_tokens
             registers = self.config.num_register_tokens
             attention = maps.cls_attention(attention, *grid, num_register_tokens=registers)[0].astype(jnp.float32)
@@ -93,7 +95,7 @@ class Mapper:
         """The maps of a picture.
 
         Raises:
-            UserError: they are not finite, or `prepare` refuses the picture.
+            UserError: the maps are not finite, or `prepare` refuses the picture.
         """
         found = PatchMaps(*map(np.asarray, self.prepare(picture)(self._state, picture.read())))
         if not all(np.isfinite(array).all() for array in found):
@@ -107,7 +109,7 @@ class Mapper:
         """The model compiled for the picture's size.
 
         Raises:
-            UserError: the attention would not fit into the memory.
+            UserError: the attention would not fit into memory.
         """
         if picture.size not in self._compiled:
             pixels = jax.ShapeDtypeStruct((*picture.size, 3), jnp.uint8)
@@ -121,7 +123,7 @@ class Mapper:
                 fitting = int(min(height, width) * (0.5 * there / needed) ** 0.25) // patch * patch
                 raise UserError(
                     f"{picture.file} at {width}×{height} px has {height * width // patch**2:,} patches, whose "
-                    f"attention takes {needed / 1e9:.0f} GB of the {there / 1e9:.0f} GB of memory here; pass "
+                    f"attention takes {needed / 1e9:.0f} GB of the {there / 1e9:.0f} GB of memory; pass "
                     f"--image-size {fitting} or less"
                 )
             self._compiled[picture.size] = compiled

@@ -230,7 +230,7 @@ def test_random_weights_follow_the_seed_and_the_name():
     [
         (["--data", "missing/folder"], "--data missing/folder: there is no such folder"),
         (["--weights", "missing.pth"], "missing.pth: there is no such file or folder of weights"),
-        (["--weights", "random:dino_vitx"], "'dino_vitx' is none of dino_vitt16, "),
+        (["--weights", "random:dino_vitx"], "'dino_vitx' is not one of dino_vitt16, "),
         (["--max-train", "5"], "--max-train 5 is fewer than one image for each of the 10 classes"),
         (["--epochs", "0"], "--epochs 0 is not a positive number"),
         (["--heldout-fraction", "1"], "--heldout-fraction 1.0 is not between 0 and 1"),

@@ -276,7 +276,7 @@ def test_a_backbone_brings_its_size_and_a_single_model_its_name(run, tmp_path):
         ("run", ["--data", "plain"], "plain has no folder train or training: images belong in train/<class>/"),
         ("run", ["--data", "unlabelled"], "train holds no class folders: images belong in train/<class>/"),
         ("run", ["--out", "run"], "--out run is the run folder of a training; name a new folder"),
-        ("run/teacher", ["--network", "student"], "is no run folder of a training with several networks"),
+        ("run/teacher", ["--network", "student"], "is not the run folder of a training with several networks"),
         ("run", ["--resize", "12"], "--resize 12 is less than the 16 px that are cut out of it"),
         ("run", ["--image-size", "4"], "--image-size 4 is smaller than one patch"),
         ("run", ["--classifiers", "knn,few_shots"], "'few_shots' is none; did you mean few_shot?"),

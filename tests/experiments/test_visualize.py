@@ -162,7 +162,7 @@ def test_many_images_get_pages_of_pca(place, tmp_path, monkeypatch):
         (["wide.png", "--threshold", "nan"], "--threshold nan is not between 0 and 1"),
         (["wide.png", "--foreground", "1"], "--foreground 1.0 is not 0 or more and below 1"),
         (["wide.png", "--image-size", "0"], "--image-size 0 is not a positive number"),
-        (["wide.png", "--network", "student"], "is no run folder of a training"),
+        (["wide.png", "--network", "student"], "is not the run folder of a training"),
         (["huge.png"], "huge.png at 4400×4400 px has 1,210,000 patches, whose attention takes"),
     ],
 )
