@@ -24,7 +24,7 @@ $(BIN)/python:
 
 # .installed-EXTRA: the checkout with one extra of pyproject.toml.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	$(BIN)/python -m pip install -qq --editable '.[$*]'
 	touch $@
 
 demo: $(DEMO)  ## probe and pretrain on the digits inside scikit-learn: two minutes, no data to download
