@@ -1,14 +1,14 @@
-"""One table of many runs: mean and deviation over seeds, beside the first DINO paper's numbers, as Markdown.
+"""Tables of many runs as Markdown: mean and deviation over seeds, next to the numbers of the first DINO paper.
 
     python -m experiments.summarize runs/evaluate/*
     python -m experiments.summarize runs/evaluate runs/stl10_transfer runs/dino_cifar100 --out results.md
     python -m experiments.summarize runs/finetune_folder/*
 
-Takes the output folders of `evaluate` and `stl10_transfer`, the run folders of trainings (their final k-NN) and of
-`finetune_folder`, or folders that hold such folders. What differs in nothing but the seed is one line: the mean over
-differently trained weights ± the standard deviation (n - 1 in the denominator) and their number; the same weights
-evaluated twice count once. Where models trained on CIFAR-100 and on Tiny-ImageNet were transferred to STL-10, it is
-tested which transfers better.
+The runs are output folders of `evaluate`, `stl10_transfer`, `cifar10_probe` and `finetune_folder`, run folders of
+trainings (their final k-NN), or folders that hold such folders. Runs that differ only in the seed are one line: the
+mean over differently trained weights ± the standard deviation (n - 1 in the denominator) and their number; the same
+weights evaluated twice count once. If models trained on CIFAR-100 and on Tiny-ImageNet were transferred to STL-10, the
+difference between them is tested.
 """
 
 import dataclasses
@@ -20,21 +20,29 @@ import tyro
 
 from dinojax.commands import exit_on_user_error
 from dinojax.errors import UserError
+from experiments.runs.command_line import command_line
 from experiments.runs.records import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A summary of runs; see the top of this file."""
+    """A summary of runs."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS…")]
-    """Output folders of evaluations, run folders of trainings, or folders that hold them at any depth."""
+    """Folders of evaluations, trainings or fine-tunings, or folders that hold them at any depth."""
     out: Path | None = None
-    """A Markdown file to write the tables to as well."""
+    """Markdown file that the tables are also written to."""
 
 
-def run(config: Config) -> str:
-    """The tables as Markdown.
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The tables as Markdown."""
+
+    text: str
+
+
+def run(config: Config) -> Result:
+    """Prints the tables, and writes them to a file if one is given.
 
     Raises:
         UserError: no runs, or a damaged one.
@@ -54,13 +62,13 @@ def run(config: Config) -> str:
             write_whole(config.out.expanduser(), f"{text}\n".encode())
         except OSError as error:
             raise UserError(f"--out {config.out} cannot be written ({error.strerror}); name another file") from error
-    return text
+    return Result(text)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     with exit_on_user_error():
-        run(tyro.cli(Config, args=args, description=__doc__))
+        run(command_line(Config, "experiments.summarize", __doc__, args))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Results of runs that differ in nothing but their seed, put together: means, deviations, and a test of transfer."""
+"""Tables of runs grouped by everything but their seed: means, deviations, and a test of transfer."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from experiments.probing.evaluation_report import FEATURE_TITLES, in_order, probe_title
-from experiments.summaries.results import Key, Run
+from experiments.probing.report import FEATURE_TITLES, in_order, probe_title
+from experiments.summaries.results import EvaluatedRun, Key
 
-_HEADLINES = {"k-NN": "knn_20", "linear": ("sweep", "linear_crops"), "5-shot": "5_shot_knn"}
+_HEADLINES = {"k-NN": "knn_20", "linear": ("sweep", "linear_crops", "linear"), "5-shot": "5_shot_knn"}
 # Accuracies and parameters: arXiv 2104.14294, Table 2, and the README of facebookresearch/dino, which also tells the
 # time of 300 epochs: 2.6 days on 16 GPUs. The training images are those of ImageNet-1k.
 _IMAGENET = 1_281_167
@@ -18,32 +18,32 @@ _PUBLISHED = (
     ("DINO ViT-B/16", "85 M", "–", "–", 76.1, 78.2),
     ("DINO ResNet-50", "23 M", "–", "–", 67.5, 75.3),
 )
-_SOURCE = "Lines of DINO: arXiv 2104.14294, Table 2, and the README of facebookresearch/dino; – is not told there."
+_SOURCE = "Lines of DINO: arXiv 2104.14294, Table 2, and the README of facebookresearch/dino; – is not given there."
 _CLAIM = ("cifar100", "tinyimagenet")
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed; `values` has one number for each different weights."""
+    """Runs that differ only in the seed; `values` has one number for each of the differently trained weights."""
 
-    runs: Sequence[Run]
+    runs: Sequence[EvaluatedRun]
     values: Mapping[Key, np.ndarray]
 
     @property
-    def first(self) -> Run:
-        """One of the runs, for what they have in common."""
+    def first(self) -> EvaluatedRun:
+        """A run, for what all of them have in common."""
         return self.runs[0]
 
 
-def group(runs: Sequence[Run]) -> list[Group]:
-    """Runs by what they agree in; evaluations of the same weights are averaged before they count as one."""
-    by_settings: dict[str, list[Run]] = {}
+def group(runs: Sequence[EvaluatedRun]) -> list[Group]:
+    """Groups of runs with the same settings. Evaluations of the same weights are averaged, and count once."""
+    by_settings: dict[str, list[EvaluatedRun]] = {}
     for run in runs:
         by_settings.setdefault(run.same, []).append(run)
     return [Group(found, _values(found)) for found in by_settings.values()]
 
 
-def _values(runs: Sequence[Run]) -> dict[Key, np.ndarray]:
+def _values(runs: Sequence[EvaluatedRun]) -> dict[Key, np.ndarray]:
     by_weights: dict[Key, dict[str, list[float]]] = {}
     for run in runs:
         for key, accuracy in run.accuracies.items():
@@ -60,8 +60,8 @@ def cell(values: np.ndarray | None) -> str:
 
 
 def overview(groups: Sequence[Group]) -> str:
-    """One line for each group, then the paper's."""
-    header = ["model", "trained on", "images", "parameters", "epochs", "compute", "judged on", *_HEADLINES]
+    """One line for each group, followed by those of the paper."""
+    header = ["model", "trained on", "images", "parameters", "epochs", "compute", "evaluated on", *_HEADLINES]
     lines = []
     for one in groups:
         about, network = one.first.about, _main_network(one)
@@ -69,15 +69,15 @@ def overview(groups: Sequence[Group]) -> str:
         numbers = [cell(_headline(one, network, probes)) for probes in _HEADLINES.values()]
         lines.append([
             _name(one), one.first.trained_on or "–", f"{images:,}" if images else "–", parameters,
-            str(about["epochs"] or "–"), _compute(one), one.first.judged_on, *numbers,
+            str(about["epochs"] or "–"), _compute(one), one.first.evaluated_on, *numbers,
         ])  # fmt: skip
     for model, parameters, epochs, compute, knn, linear in _PUBLISHED:
         lines.append([model, "ImageNet", f"{_IMAGENET:,}", parameters, epochs, compute, "ImageNet, 224 px",
                       f"{knn:.1f}", f"{linear:.1f}", "–"])  # fmt: skip
     note = (
         "Accuracy in per cent of the test images: mean ± standard deviation (number of differently trained weights), "
-        "of the teacher's CLS tokens; k-NN with k = 20; linear is the best of 52 heads, which may also see mean "
-        "patches, chosen on held-out training images (the probe on crops for models of fewer than four blocks); 5-shot "
+        "of the teacher's CLS tokens; k-NN with k = 20; linear is the best of 52 heads, which may also use mean "
+        "patches, selected on held-out training images (where there is no such sweep, the single linear probe); 5-shot "
         f"is k-NN. Compute is that of one run. {_SOURCE}"
     )
     return f"## Overview\n\n{markdown(header, lines)}\n\n{note}"
@@ -118,28 +118,28 @@ def all_numbers(groups: Sequence[Group]) -> str:
             lines.append([probe_title(probe), *map(cell, found)])
         seeds = len({run.weights for run in one.runs})
         trained = f" trained on {one.first.trained_on}" if one.first.trained_on else ""
-        parts.append(f"### {_name(one)}{trained}: {one.first.judged_on} (n = {seeds})\n\n{markdown(header, lines)}")
+        parts.append(f"### {_name(one)}{trained}: {one.first.evaluated_on} (n = {seeds})\n\n{markdown(header, lines)}")
     return "## All numbers\n\n" + "\n\n".join(parts)
 
 
 def transfer(groups: Sequence[Group]) -> str:
     """Whether CIFAR-100 transfers to STL-10 better than Tiny-ImageNet; empty where one of them is missing."""
-    judged = [one for one in groups if _plain(one.first.judged_on).startswith("stl10")]
-    sides = [[one for one in judged if _plain(one.first.trained_on).startswith(name)] for name in _CLAIM]
-    pairs = [(x, y) for x in sides[0] for y in sides[1] if x.first.judged_on == y.first.judged_on]
+    on_stl10 = [one for one in groups if _plain(one.first.evaluated_on).startswith("stl10")]
+    sides = [[one for one in on_stl10 if _plain(one.first.trained_on).startswith(name)] for name in _CLAIM]
+    pairs = [(x, y) for x in sides[0] for y in sides[1] if x.first.evaluated_on == y.first.evaluated_on]
     lines = [line for pair in pairs for line in _compared(*pair)]
     if not lines:
         return ""
     header = ["probe", "from CIFAR-100", "from Tiny-ImageNet", "difference", "95 % interval", "over", "better"]
     note = (
         "Over seeds: Welch's t interval of the difference of means. Over test images, where one side has a single "
-        "seed: the two intervals combined, which say nothing of other seeds."
+        "seed: the two intervals combined, which do not cover other seeds."
     )
     return f"## Does CIFAR-100 transfer to STL-10 better than Tiny-ImageNet?\n\n{markdown(header, lines)}\n\n{note}"
 
 
 def _compared(left: Group, right: Group) -> list[list[str]]:
-    """A line for every probe that both were judged by, the teachers' first."""
+    """A line for every probe that both were evaluated by, the teachers' first."""
     lines = []
     for network in ("teacher", "student"):
         shared = [key for key in left.values if key in right.values and key[0] == network]
@@ -158,7 +158,7 @@ def _compared(left: Group, right: Group) -> list[list[str]]:
 
 
 def difference(left: Group, right: Group, key: Key) -> tuple[float, float, str] | None:
-    """The 95 % interval of the difference of means, and over what it is taken: "seeds" or "test images"."""
+    """The 95 % interval of the difference of means, and what it is over: "seeds" or "test images"."""
     one, other = left.values[key], right.values[key]
     if min(len(one), len(other)) > 1:
         from scipy.stats import ttest_ind
@@ -182,7 +182,7 @@ def _plain(name: str) -> str:
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table whose columns are aligned in plain text, too."""
+    """A Markdown table whose columns are also aligned in plain text."""
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
     rows = [header, ["-" * width for width in widths], *lines]
     return "\n".join("| " + " | ".join(word.ljust(width) for word, width in zip(row, widths)) + " |" for row in rows)

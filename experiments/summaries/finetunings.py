@@ -1,4 +1,4 @@
-"""Fine-tunings that differ in nothing but the seed, put together: mean and deviation of each mode, in one table."""
+"""Tables of fine-tunings grouped by everything but their seed: mean and deviation of each mode."""
 
 import dataclasses
 import json
@@ -15,10 +15,10 @@ from experiments.runs.settings import unimportant
 from experiments.summaries.evaluations import cell, markdown
 
 _NOT_COMPARED = unimportant(FinetuneConfig) | {"seed"}
-_HEADER = ("mode", "judged on", "accuracy", "balanced accuracy", "trainable parameters", "s an epoch")
+_HEADER = ("mode", "evaluated on", "accuracy", "balanced accuracy", "trainable parameters", "s per epoch")
 _NOTE = (
-    "Per cent of the images judged: mean ± standard deviation (number of seeds). Seconds an epoch are the median of a "
-    "run, the mean over runs. Validation images have chosen the epoch, which flatters; test images have not."
+    "Per cent of the evaluated images: mean ± standard deviation (number of seeds). Seconds per epoch are the mean "
+    "over runs of their medians. The epoch was selected on the validation images, so numbers on those are optimistic."
 )
 
 
@@ -27,10 +27,10 @@ class Tuned:
     """One mode of one run.
 
     Attributes:
-        title: data, weights and size, for the eye.
-        settings: what the runs of one line agree in, besides.
-        seed: tells them from each other.
-        metrics: what the run left in metrics.json.
+        title: data, weights and image size.
+        settings: everything else that the runs of one line have in common.
+        seed: of the run.
+        metrics: the content of metrics.json.
     """
 
     title: str
@@ -39,8 +39,8 @@ class Tuned:
     metrics: dict[str, Any]
 
     @property
-    def judged(self) -> str:
-        """The last of the splits that were judged."""
+    def evaluated_on(self) -> str:
+        """The last of the splits that were evaluated."""
         return "test" if "test" in self.metrics else "validation"
 
 
@@ -58,7 +58,7 @@ def _read(file: Path) -> Tuned | None:
         return None  # the metrics of all modes together
     metrics = read_json(file)
     if metrics.get("mode") not in MODES:
-        return None  # another command's
+        return None  # of another command
     config, data = read_json(file.parent / CONFIG_FILE), metrics["data"]
     settings = {name: value for name, value in with_new_names(config).items() if name not in _NOT_COMPARED}
     settings |= {name: value for name, value in data.items() if name.endswith("_images")}
@@ -83,17 +83,15 @@ def finetunings(runs: Iterable[Tuned]) -> str:
 
 
 def _lines(groups: Sequence[Sequence[Tuned]]) -> list[list[str]]:
-    """The lines of one mode; where there are several, each names the settings in which they differ."""
+    """The lines of one mode. If there are several, each names the settings in which they differ."""
     settings = [runs[0].settings for runs in groups]
     different = [name for name in settings[0] if len({str(one.get(name)) for one in settings}) > 1]
     return [_line(runs, [f"{name} {runs[0].settings.get(name)}" for name in different]) for runs in groups]
 
 
 def _line(runs: Sequence[Tuned], named: Sequence[str]) -> list[str]:
-    first, judged = runs[0].metrics, runs[0].judged
-    numbers = [
-        cell(np.array([run.metrics[judged][name] for run in runs])) for name in ("accuracy", "balanced_accuracy")
-    ]
+    first, split = runs[0].metrics, runs[0].evaluated_on
+    numbers = [cell(np.array([run.metrics[split][name] for run in runs])) for name in ("accuracy", "balanced_accuracy")]
     seconds = np.mean([run.metrics["seconds_an_epoch"]["median"] for run in runs])
-    images, parameters = first["data"][f"{judged}_images"], first["trainable_parameters"]
-    return [", ".join([first["mode"], *named]), f"{images:,} {judged}", *numbers, f"{parameters:,}", f"{seconds:.1f}"]
+    images, parameters = first["data"][f"{split}_images"], first["trainable_parameters"]
+    return [", ".join([first["mode"], *named]), f"{images:,} {split}", *numbers, f"{parameters:,}", f"{seconds:.1f}"]

@@ -1,4 +1,4 @@
-"""The results that evaluations and trainings left in their folders, in one form."""
+"""The results in the folders of evaluations and trainings, in one form."""
 
 import dataclasses
 import json
@@ -14,39 +14,43 @@ from dinojax.errors import UserError
 from dinojax.models.files import CONFIG_FILE, abstract_model
 from dinojax.models.vit import ViTConfig
 from experiments.pretraining.config import PretrainConfig
-from experiments.runs.records import RESULT_FILE, TRACES_OF_TRAINING, read_json, with_new_names
+from experiments.probing.classifiers import INDEX_FILE
+from experiments.probing.config import REPORTED, ClassifierConfig
+from experiments.probing.fitting import ON_TEST
+from experiments.runs.records import METRICS_FILE, RESULT_FILE, TRACES_OF_TRAINING, read_json, with_new_names
 from experiments.runs.settings import unimportant
 
-# Settings that do not change a number beyond what a seed does; the data are told by their names and sizes.
+# Settings that change a number no more than a seed does; data sets are identified by their names and sizes.
 _FREE_OF_TRAINING = unimportant(PretrainConfig) | {"seed", "data", "max_test", "knn_every"}
-_FREE_OF_EVALUATION = {"seed", "out", "cache_dir", "data_dir", "data", "weights", "network", "untrained", "classifiers",
-                       "batch_size", "figures", "folds"}  # fmt: skip
+_FREE_OF_EVALUATION = unimportant(ClassifierConfig) | {
+    *("seed", "data", "weights", "network", "untrained", "classifiers", "batch_size", "folds"),
+}
 
 Key = tuple[str, str, str]  # network, features, probe
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class EvaluatedRun:
     """One evaluation, or the k-NN at the end of one training.
 
     Attributes:
         folder: where it was read.
-        same: what runs of one line agree in; JSON.
-        weights: tells differently trained weights from each other.
-        trained_on: the name of the data set; "" where it is not known.
-        judged_on: likewise.
-        about: what the line says of the training: model, images, parameters, epochs.
-        seconds: of the training.
+        same: what the runs of one line have in common, as JSON.
+        weights: identifies the trained weights.
+        trained_on: name of the data set that the weights were trained on; "" where it is not known.
+        evaluated_on: name of the data set and the image size, and how results were selected if not on held-out images.
+        about: model, images, parameters and epochs of the training.
+        seconds: time of the training.
         device: "GPU", "TPU" or "CPU".
-        accuracies: by network, features and probe.
-        intervals: 95 % over test images, where there are.
+        accuracies: fractions by network, features and probe.
+        intervals: 95 % intervals over the test images, where there are any.
     """
 
     folder: Path
     same: str
     weights: str
     trained_on: str
-    judged_on: str
+    evaluated_on: str
     about: Mapping[str, Any]
     seconds: float | None
     device: str
@@ -54,38 +58,46 @@ class Run:
     intervals: Mapping[Key, tuple[float, float]]
 
 
-def read_runs(paths: Iterable[Path], *, others: Collection[Path] = ()) -> list[Run]:
-    """All runs in the folders and below; only `others`, which hold results of another kind, may be without.
+def read_runs(paths: Iterable[Path], *, others: Collection[Path] = ()) -> list[EvaluatedRun]:
+    """All runs in the folders and below. Only `others`, which hold results of another kind, may have none.
 
     Raises:
         UserError: a folder without any, or a damaged file.
     """
-    found: dict[Path, Run] = {}
+    found: dict[Path, EvaluatedRun] = {}
     for path in (path.expanduser() for path in paths):
         if not path.is_dir():
             raise UserError(f"{path}: there is no such folder; name output folders of evaluations or trainings")
         results = [path / RESULT_FILE] if (path / RESULT_FILE).is_file() else sorted(path.rglob(RESULT_FILE))
         runs = {file.parent.resolve(): run for file in results if (run := _read(file))}
         if not runs and path not in others:
-            unfinished = any((path / trace).exists() for trace in TRACES_OF_TRAINING)
-            why = "is a training that has not ended" if unfinished else f"holds no {RESULT_FILE} of a run"
-            raise UserError(f"{path} {why}; name output folders of evaluations or finished trainings")
+            raise UserError(f"{path} {_why_none(path)}")
         found |= runs
     if not found and not others:
         raise UserError("no runs were given; name output folders of evaluations or trainings")
     return list(found.values())
 
 
-def _read(file: Path) -> Run | None:
+def _why_none(path: Path) -> str:
+    """Why there is no run in a folder, and what to do."""
+    if any((path / trace).exists() for trace in TRACES_OF_TRAINING):
+        return "is a training that has not ended; name output folders of evaluations or finished trainings"
+    if (path / METRICS_FILE).is_file() and (path / INDEX_FILE).is_file():
+        return f"is of an earlier version of cifar10_probe, which wrote no {RESULT_FILE}; repeat that run"
+    return f"holds no {RESULT_FILE} of a run; name output folders of evaluations or finished trainings"
+
+
+def _read(file: Path) -> EvaluatedRun | None:
     result = read_json(file)
     if "rows" in result:
         return _evaluation(file.parent, result)
     return _training(file.parent, result) if "test_knn_accuracy" in result else None  # another command's
 
 
-def _evaluation(folder: Path, result: Mapping[str, Any]) -> Run:
+def _evaluation(folder: Path, result: Mapping[str, Any]) -> EvaluatedRun:
     training, first = result["pretraining"], next(iter(result["networks"].values()))
-    settings = {k: v for k, v in result["config"].items() if k not in _FREE_OF_EVALUATION}
+    config = with_new_names(result["config"])
+    settings = {name: value for name, value in config.items() if name not in _FREE_OF_EVALUATION}
     settings |= {name: result[name] for name in ("image_size", "resize", "feature_dtype")}
     data = {name: value for name, value in result["data"].items() if not name.endswith("fingerprint")}
     known = _trained_as(training["config"]) if training.get("config") else {"weights": result["weights"]}
@@ -94,12 +106,14 @@ def _evaluation(folder: Path, result: Mapping[str, Any]) -> Run:
              "weights": None if training.get("config") else Path(result["weights"]).name}  # fmt: skip
     rows = {(row["network"], row["features"], row["probe"]): row for row in result["rows"]}
     same = [result["command"], settings, data, known, *(training.get(name) for name in ("data", "images", "backend"))]
-    return Run(
+    return EvaluatedRun(
         folder,
         json.dumps(same, sort_keys=True),
         "+".join(network["fingerprint"] for name, network in result["networks"].items() if name != "untrained"),
         training.get("data", ""),
-        f"{data['name']}, {result['image_size']} px" + (f", {data['folds']} folds" if data["folds"] > 1 else ""),
+        f"{data['name']}, {result['image_size']} px"
+        + (f", {data['folds']} folds" if data["folds"] > 1 else "")
+        + (f", {ON_TEST}" if config.get("protocol") == REPORTED else ""),
         about,
         training.get("train_seconds"),
         _device(training.get("backend")),
@@ -108,7 +122,7 @@ def _evaluation(folder: Path, result: Mapping[str, Any]) -> Run:
     )
 
 
-def _training(folder: Path, result: Mapping[str, Any]) -> Run:
+def _training(folder: Path, result: Mapping[str, Any]) -> EvaluatedRun:
     document = read_json(folder / "teacher" / CONFIG_FILE)
     source, architecture = document["source"], document["config"]
     names = {"random_init": "untrained"}
@@ -117,7 +131,7 @@ def _training(folder: Path, result: Mapping[str, Any]) -> Run:
     about = {"model": _shape(architecture), "parameters": sum(sizes), "images": result["images"],
              "epochs": source["epochs"], "weights": None}  # fmt: skip
     same = ["training", _trained_as(result["config"]), source["data"], result["images"], result["config"]["max_test"]]
-    return Run(
+    return EvaluatedRun(
         folder,
         json.dumps(same, sort_keys=True),
         document["sha256"],
