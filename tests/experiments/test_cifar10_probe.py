@@ -1,7 +1,6 @@
 """The whole command: on tiny data to the last file, and one sentence where it cannot run."""
 
 import csv
-import dataclasses
 import json
 import os
 import subprocess
@@ -20,9 +19,11 @@ from dinojax import UserError, VisionTransformer, ViTConfig
 from experiments.cifar10_probe import Config, main, run
 from experiments.data.load import load_dataset
 from experiments.data.splits import Split
+from experiments.data.squares import load_square
 from experiments.data.views import augmented
 from experiments.features.backbones import load_backbone
-from experiments.data.squares import load_square
+from experiments.runs.settings import create, replace
+from experiments.summaries.results import read_runs
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -35,7 +36,8 @@ def weights(tmp_path):
 
 @pytest.fixture
 def config(tmp_path, weights):
-    return Config(
+    return create(
+        Config,
         data="digits",
         weights=str(weights),
         image_size=16,
@@ -62,7 +64,7 @@ def test_the_command_ends_in_a_table_and_all_artifacts(config, capsys):
         "classifiers.json", "config.json", "confusion_knn.png", "confusion_linear.png", "curves_linear.png",
         "examples_knn_test.png", "examples_knn_train.png", "examples_linear_test.png", "examples_linear_train.png",
         "linear.safetensors", "map.png", "metrics.json", "metrics.png", "predictions_knn.csv",
-        "predictions_linear.csv", "training_features.safetensors",
+        "predictions_linear.csv", "result.json", "training_features.safetensors",
     }  # fmt: skip
     assert " of 3, selected on held-out training images" in said
     assert "UNTRAINED" not in said and "selected on the test set" not in said
@@ -84,8 +86,28 @@ def test_the_command_ends_in_a_table_and_all_artifacts(config, capsys):
             assert pixels.std() > 10
 
 
+def test_the_result_has_the_numbers_of_the_metrics_and_is_summarised(config):
+    result = run(replace(config, classifiers="all", mlp_epochs=2, sweep_steps=20, figures=False))
+    document = json.loads((result.folder / "result.json").read_text())
+    rows = {row["probe"]: row for row in document["rows"]}
+    found = result.metrics["classifiers"]
+    assert rows.keys() == {"knn_10", "knn_20", "knn_100", "knn_200", "5_shot_1nn", "5_shot_knn", "5_shot_linear"} | (
+        found.keys() - {"knn"}
+    )
+    for name in found:
+        row = rows["knn_20" if name == "knn" else name]
+        assert row["accuracy"] == found[name]["test"]["accuracy"]
+        assert row["features"] == ("chosen" if name == "sweep" else "cls")
+    assert rows["logistic"]["train_accuracy"] == pytest.approx(found["logistic"]["train"]["accuracy"])
+    assert rows["knn_20"]["train_accuracy"] is None
+    few = result.metrics["few_shot"]["test_accuracy"]
+    assert {name: rows[f"5_shot_{name}"]["accuracies"] for name in few} == few
+    (summarised,) = read_runs([result.folder])
+    assert summarised.accuracies["model", "cls", "svc"] == found["svc"]["test"]["accuracy"]
+
+
 def test_the_saved_head_gives_the_accuracy_that_is_reported(config, weights):
-    result = run(dataclasses.replace(config, figures=False))
+    result = run(replace(config, figures=False))
     head = load_file(result.folder / "linear.safetensors")
     test = load_dataset("digits", max_train=300, max_test=60).test
     pixels = np.stack([load_square(test, i, 16) for i in range(60)]) / 255
@@ -101,7 +123,7 @@ def test_a_run_folder_gives_its_teacher_with_the_normalisation_it_was_trained_wi
     for seed, network in enumerate(("teacher", "student")):
         model = VisionTransformer(shape, rngs=nnx.Rngs(seed))
         dinojax.save(model, tmp_path / "training" / network, source=own)
-    result = run(dataclasses.replace(config, weights=str(tmp_path / "training"), figures=False))
+    result = run(replace(config, weights=str(tmp_path / "training"), figures=False))
     head = load_file(result.folder / "linear.safetensors")
     test = load_dataset("digits", max_train=300, max_test=60).test
     pixels = np.stack([load_square(test, i, 16) for i in range(60)]) / 255
@@ -115,7 +137,7 @@ def test_a_run_folder_gives_its_teacher_with_the_normalisation_it_was_trained_wi
 
 
 def test_the_stored_predictions_give_the_accuracy_that_is_reported(config):
-    result = run(dataclasses.replace(config, figures=False))
+    result = run(replace(config, figures=False))
     for name in ("knn", "linear"):
         with (result.folder / f"predictions_{name}.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -127,16 +149,18 @@ def test_the_stored_predictions_give_the_accuracy_that_is_reported(config):
 
 
 def test_the_same_command_gives_the_same_numbers_and_a_run_folder_is_used_again(config):
-    everything = dataclasses.replace(config, classifiers="all", mlp_epochs=2, sweep_steps=20, figures=False)
+    everything = replace(config, classifiers="all", mlp_epochs=2, sweep_steps=20, figures=False)
     first = run(everything)
-    before = {path.name: path.read_bytes() for path in config.out.iterdir() if path.suffix in (".safetensors", ".csv")}
-    (config.out / "notes.txt").write_text("mine")
+    before = {
+        path.name: path.read_bytes() for path in config.run.out.iterdir() if path.suffix in (".safetensors", ".csv")
+    }
+    (config.run.out / "notes.txt").write_text("mine")
     second = run(everything)
     assert len(first.metrics["classifiers"]) == 8 and len(first.metrics["few_shot"]["test_accuracy"]) == 3
     for key in first.metrics.keys() - {"cost", "features_seconds"}:
         assert first.metrics[key] == second.metrics[key], key
-    assert before == {name: (config.out / name).read_bytes() for name in before}
-    assert (config.out / "notes.txt").read_text() == "mine"
+    assert before == {name: (config.run.out / name).read_bytes() for name in before}
+    assert (config.run.out / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.slow
@@ -150,7 +174,7 @@ def test_shuffled_labels_are_learnt_by_no_classifier(config, tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(split.read(i)).save(folder / f"{i}.png")
     options = {"data": str(tmp_path / "data"), "classifiers": "all", "max_train": None, "max_test": None}
-    result = run(dataclasses.replace(config, **options, mlp_epochs=5, sweep_steps=100, figures=False))
+    result = run(replace(config, **options, mlp_epochs=5, sweep_steps=100, figures=False))
     accuracies = {name: accuracy_of(result, name) for name in result.metrics["classifiers"]}
     accuracies |= {f"few_shot {k}": np.mean(v) for k, v in result.metrics["few_shot"]["test_accuracy"].items()}
     assert len(accuracies) == 11
@@ -159,10 +183,10 @@ def test_shuffled_labels_are_learnt_by_no_classifier(config, tmp_path):
 
 
 def test_what_is_selected_on_the_test_set_is_called_so(config, capsys):
-    options = {"classifiers": "knn,linear,mlp,logistic", "mlp_epochs": 3, "protocol": "seed", "figures": False}
-    metrics = run(dataclasses.replace(config, **options)).metrics
+    options = {"classifiers": "knn,linear,mlp,logistic", "mlp_epochs": 3, "protocol": "reported", "figures": False}
+    metrics = run(replace(config, **options)).metrics
     said = capsys.readouterr().out
-    assert "PROTOCOL seed: what is chosen is chosen on the test set" in said
+    assert "PROTOCOL reported: epochs and heads are selected on the test set" in said
     for name, title in (("linear", "linear probe"), ("mlp", "MLP, file order")):
         (row,) = (row for row in said.splitlines() if row.startswith(title))
         assert row.endswith("selected on the test set")
@@ -172,14 +196,14 @@ def test_what_is_selected_on_the_test_set_is_called_so(config, capsys):
         assert found["test"]["accuracy"] == pytest.approx(max(found["fit"]["curves"]["heldout_accuracy"]), abs=1e-6)
     assert metrics["classifiers"]["knn"]["selection"] == "nothing to select"
     assert metrics["classifiers"]["logistic"]["selection"] == "selected on held-out training images"
-    assert metrics["protocol"] == "seed"
+    assert metrics["protocol"] == "reported"
 
 
 def test_augmented_views_are_random_crops_cached_and_learnt_from(config, capsys):
-    plain = run(dataclasses.replace(config, classifiers="linear", figures=False))
-    two = run(dataclasses.replace(config, classifiers="linear", augment=2, figures=False))
+    plain = run(replace(config, classifiers="linear", figures=False))
+    two = run(replace(config, classifiers="linear", augment=2, figures=False))
     capsys.readouterr()
-    again = run(dataclasses.replace(config, classifiers="linear", augment=2, figures=False))
+    again = run(replace(config, classifiers="linear", augment=2, figures=False))
     assert "all 960 images from the cache" in capsys.readouterr().out  # 300 · 3 + 60
     heads = [run_["classifiers"]["linear"]["fit"]["curves"] for run_ in (plain.metrics, two.metrics, again.metrics)]
     assert heads[0] != heads[1] == heads[2]
@@ -208,7 +232,7 @@ def test_augmented_views_keep_most_of_the_image_and_its_colours():
 
 
 def test_random_weights_are_called_an_untrained_baseline(config, capsys):
-    small = dataclasses.replace(config, weights="random:dino_vitt16", max_train=40, max_test=20, map="tsne")
+    small = replace(config, weights="random:dino_vitt16", max_train=40, max_test=20, map="tsne")
     result = run(small)
     assert result.metrics["untrained_baseline"]
     assert "UNTRAINED BASELINE" in capsys.readouterr().out
@@ -233,25 +257,25 @@ def test_random_weights_follow_the_seed_and_the_name():
         (["--weights", "random:dino_vitx"], "'dino_vitx' is not one of dino_vitt16, "),
         (["--max-train", "5"], "--max-train 5 is fewer than one image for each of the 10 classes"),
         (["--epochs", "0"], "--epochs 0 is not a positive number"),
-        (["--heldout-fraction", "1"], "--heldout-fraction 1.0 is not between 0 and 1"),
-        (["--classifiers", "knn,svm"], "--classifiers knn,svm: 'svm' is none; did you mean svc?"),
+        (["--heldout-fraction", "1"], "--heldout-fraction 1.0 is not above 0 and below 1"),
+        (["--classifiers", "knn,svm"], "--classifiers knn,svm: there is no 'svm'; did you mean svc?"),
         (["--classifiers", "knn", "--max-train", "15"], "knn needs at least k = 20 training images and there are 15"),
         (["--classifiers", "few_shot", "--shots", "500"], "few_shot needs --shots 500 training images of every class"),
-        (["--augment", "-1"], "--augment -1 is negative"),
+        (["--augment", "-1"], "--augment -1 is not 0 or more"),
         (["--sweep-steps", "0"], "--sweep-steps 0 is not a positive number"),
         (["--image-size", "3"], "--image-size 3 is smaller than one patch"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_two(config, capsys, flags, message):
-    given = ["--data", "digits", "--weights", config.weights, "--out", str(config.out), "--image-size", "16"]
+    given = ["--data", "digits", "--weights", config.model.weights, "--out", str(config.run.out), "--image-size", "16"]
     with pytest.raises(SystemExit) as stop:
-        main([*given, "--cache-dir", str(config.cache_dir), *flags])
+        main([*given, "--cache-dir", str(config.run.cache_dir), *flags])
     assert stop.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
-    assert not config.out.exists() and not config.cache_dir.exists()
-    assert files(config.out.parent) == {"weights"}
+    assert not config.run.out.exists() and not config.run.cache_dir.exists()
+    assert files(config.run.out.parent) == {"weights"}
 
 
 def test_a_corrupt_image_stops_the_run_by_name_and_leaves_no_run_folder(config, tmp_path, capsys):
@@ -261,21 +285,30 @@ def test_a_corrupt_image_stops_the_run_by_name_and_leaves_no_run_folder(config, 
         for i in range(4):
             Image.fromarray(np.full((20, 20, 3), 40 * i, np.uint8)).save(folder / f"{i}.png")
     (tmp_path / "data" / "train" / "b" / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    flags = ["--weights", config.weights, "--image-size", "16", "--out", str(config.out), "--classifiers", "linear"]
+    flags = [
+        "--weights",
+        config.model.weights,
+        "--image-size",
+        "16",
+        "--out",
+        str(config.run.out),
+        "--classifiers",
+        "linear",
+    ]
     with pytest.raises(SystemExit) as stop:
-        main(["--data", str(tmp_path / "data"), "--cache-dir", str(config.cache_dir), *flags])
+        main(["--data", str(tmp_path / "data"), "--cache-dir", str(config.run.cache_dir), *flags])
     assert stop.value.code == 2
     assert "train/b/2.png is not a readable image" in capsys.readouterr().err
-    assert not config.out.exists()
+    assert not config.run.out.exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_other_folders_are_not_written_to(config):
-    config.out.mkdir()
-    (config.out / "thesis.txt").write_text("mine")
+    config.run.out.mkdir()
+    (config.run.out / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files; name a new folder"):
         run(config)
-    assert files(config.out) == {"thesis.txt"}
+    assert files(config.run.out) == {"thesis.txt"}
 
 
 def test_help_teaches_and_loads_nothing_heavy():

@@ -1,4 +1,4 @@
-"""The evaluation: what scikit-learn makes of the model's own outputs, repeatable, and honest in its choices."""
+"""The evaluation: equal to scikit-learn on the model's own outputs, repeatable, and blind to the test images."""
 
 import dataclasses
 import json
@@ -24,8 +24,8 @@ from experiments.data.views import augmented
 from experiments.features.backbones import load_backbone
 from experiments.pretraining.config import PretrainConfig
 from experiments.pretraining.loop import pretrain
-from experiments.probing.evaluation_config import EvaluationConfig
-from experiments.probing.evaluation_run import evaluate
+from experiments.probing.config import EvaluationConfig
+from experiments.probing.result import run_evaluation
 from experiments.runs.settings import create
 
 SIZE, TRAIN, TEST = 16, 260, 90
@@ -47,7 +47,7 @@ def run(tmp_path_factory):
 def config(run, **changes):
     options = {"data": "digits", "max_train": TRAIN, "max_test": TEST, "epochs": 4, "sweep_steps": 20, "draws": 2}
     options |= {"out": run.parent / "out", "cache_dir": run.parent / "cache", "figures": False}
-    return EvaluationConfig(str(run), **{**options, **changes})
+    return create(EvaluationConfig, weights=str(run), **{**options, **changes})
 
 
 def result_of(folder):
@@ -58,10 +58,14 @@ def rows_of(folder):
     return {(row["network"], row["features"], row["probe"]): row for row in result_of(folder)["rows"]}
 
 
+def evaluated_rows(settings, dataset):
+    return rows_of(run_evaluation(settings, dataset, command="evaluate").folder)
+
+
 @pytest.fixture(scope="module")
-def judged(run):
+def evaluated(run):
     """Everything, of both networks and of raw pixels."""
-    return command.run(config(run, pixels=True, figures=True, out=run.parent / "judged"))
+    return command.run(config(run, pixels=True, figures=True, out=run.parent / "evaluated")).folder
 
 
 def resized(pixels, size):
@@ -89,8 +93,8 @@ def weighted_knn(train, labels, test, k):
 
 @pytest.mark.parametrize("network", ["teacher", "student"])
 @pytest.mark.parametrize("kind", ["cls", "mean_patch"])
-def test_neighbours_are_those_of_the_models_own_outputs(run, judged, network, kind):
-    data, rows = load_dataset("digits", max_train=TRAIN, max_test=TEST), rows_of(judged)
+def test_neighbours_are_those_of_the_models_own_outputs(run, evaluated, network, kind):
+    data, rows = load_dataset("digits", max_train=TRAIN, max_test=TEST), rows_of(evaluated)
     train, test = (embedded(run, network, [resized(i, SIZE) for i in read(s)])[kind] for s in (data.train, data.test))
     for k in (10, 20, 100, 200):
         expected = np.mean(weighted_knn(train, data.train.labels, test, k) == data.test.labels)
@@ -99,14 +103,14 @@ def test_neighbours_are_those_of_the_models_own_outputs(run, judged, network, ki
     assert rows[network, kind, "knn5"]["accuracy"] == pytest.approx(expected)
 
 
-def test_the_crop_protocol_learns_from_crops_and_is_judged_on_framed_images(run, judged):
+def test_the_crop_protocol_learns_from_crops_and_is_evaluated_on_framed_images(run, evaluated):
     data = load_dataset("digits", max_train=TRAIN, max_test=TEST)
     crops = read(augmented(data.train, 0, SIZE))
     framed = [resized(image, SIZE + 8)[4:-4, 4:-4] for image in read(data.test)]
     for kind in ("cls", "mean_patch"):
         train, test = (embedded(run, "teacher", images)[kind] for images in (crops, framed))
         expected = KNeighborsClassifier(5).fit(train, data.train.labels).score(test, data.test.labels)
-        assert rows_of(judged)["teacher", kind, "knn5_crops"]["accuracy"] == pytest.approx(expected)
+        assert rows_of(evaluated)["teacher", kind, "knn5_crops"]["accuracy"] == pytest.approx(expected)
     kept, heldout = split_heldout(data.train.labels, 0.1, 0)
     framed_train = [resized(image, SIZE + 8)[4:-4, 4:-4] for image in read(data.train)]
     train, chosen, test = (embedded(run, "teacher", images)["cls"] for images in (crops, framed_train, framed))
@@ -114,7 +118,7 @@ def test_the_crop_protocol_learns_from_crops_and_is_judged_on_framed_images(run,
         train[kept], data.train.labels[kept], chosen[heldout], data.train.labels[heldout], num_classes=10,
         key=jax.random.key(0), epochs=4, batch_size=256, learning_rate=1e-3,
     )  # fmt: skip
-    row = rows_of(judged)["teacher", "cls", "linear_crops"]
+    row = rows_of(evaluated)["teacher", "cls", "linear_crops"]
     assert row["details"]["best_epoch"] == best + 1
     for name, values in history._asdict().items():
         np.testing.assert_allclose(row["details"]["curves"][name], values, atol=1e-4)
@@ -122,18 +126,18 @@ def test_the_crop_protocol_learns_from_crops_and_is_judged_on_framed_images(run,
     assert row["accuracy"] == pytest.approx(accuracy, abs=1.5 / TEST)
 
 
-def test_raw_pixels_are_judged_beside(run, judged):
+def test_raw_pixels_are_evaluated_too(run, evaluated):
     data = load_dataset("digits", max_train=TRAIN, max_test=TEST)
     train, test = (np.stack([resized(i, SIZE) for i in read(s)]).reshape(len(s), -1) for s in (data.train, data.test))
     expected = KNeighborsClassifier(5).fit(train / 255, data.train.labels).score(test / 255, data.test.labels)
-    rows = rows_of(judged)
+    rows = rows_of(evaluated)
     assert rows["pixels", "pixels", "knn5"]["accuracy"] == pytest.approx(expected)
     assert rows["pixels", "pixels", "linear_crops"]["accuracy"] > 0.2
     assert not [key for key in rows if key[0] == "pixels" and key[2] == "sweep"]
 
 
-def test_there_is_a_row_for_every_probe_network_and_kind_of_features(judged, capsys):
-    rows = rows_of(judged)
+def test_there_is_a_row_for_every_probe_network_and_kind_of_features(evaluated, capsys):
+    rows = rows_of(evaluated)
     each = {"knn_10", "knn_20", "knn_100", "knn_200", "knn5", "knn5_crops", "linear_crops"}
     each |= {"5_shot_1nn", "5_shot_knn", "5_shot_linear"}
     networks = ("teacher", "student")
@@ -149,15 +153,15 @@ def test_there_is_a_row_for_every_probe_network_and_kind_of_features(judged, cap
     assert knn["interval"] == pytest.approx([(middle - half) / (1 + z**2 / TEST), (middle + half) / (1 + z**2 / TEST)])
 
 
-def test_the_files_and_what_the_result_tells(run, judged):
+def test_the_files_and_what_the_result_tells(run, evaluated):
     curves = {f"curves_{n}_{k}.png" for n in ("teacher", "student") for k in ("cls", "mean_patch")}
-    files = {path.name for path in judged.iterdir()}
+    files = {path.name for path in evaluated.iterdir()}
     assert files == curves | {"curves_pixels.png", "accuracies.png", "config.json", "result.json"}
     for name in files:
         if name.endswith(".png"):
-            drawn = np.asarray(Image.open(judged / name).convert("L"))
+            drawn = np.asarray(Image.open(evaluated / name).convert("L"))
             assert min(drawn.shape) > 400 and drawn.std() > 10
-    result = result_of(judged)
+    result = result_of(evaluated)
     assert result["image_size"] == result["resize"] == SIZE
     assert result["config"]["max_train"] == TRAIN and result["config"]["seed"] == 0
     assert result["environment"].keys() >= {"git_commit", "device", "packages", "python"}
@@ -172,11 +176,11 @@ def test_the_files_and_what_the_result_tells(run, judged):
             assert row["train_accuracy"] == pytest.approx(found["train_accuracy"][best])
 
 
-def test_evaluating_twice_gives_identical_numbers(run, judged, capsys):
-    again = command.run(config(run, out=run.parent / "again"))
+def test_evaluating_twice_gives_identical_numbers(run, evaluated, capsys):
+    again = command.run(config(run, out=run.parent / "again")).folder
     said = capsys.readouterr().out
     assert said.count(f"all {2 * (TRAIN + TEST) + TRAIN // 10} images from the cache") == 2
-    rows, first = rows_of(again), rows_of(judged)
+    rows, first = rows_of(again), rows_of(evaluated)
     assert rows == {key: row for key, row in first.items() if key[0] != "pixels"}
     for line in said.splitlines():
         if line.startswith("k-NN, Euclidean, k = 5 "):
@@ -190,7 +194,7 @@ def test_the_test_images_choose_nothing(run):
     data = load_dataset("digits", max_train=TRAIN, max_test=TEST)
     shuffled = dataclasses.replace(data.test, labels=np.random.default_rng(0).permutation(data.test.labels))
     one, other = (
-        rows_of(evaluate(config(run, network="teacher", out=run.parent / name), dataset, command="evaluate"))
+        evaluated_rows(config(run, network="teacher", out=run.parent / name), dataset)
         for name, dataset in (("straight", data), ("shuffled", dataclasses.replace(data, test=shuffled)))
     )
     for key in one:
@@ -199,7 +203,7 @@ def test_the_test_images_choose_nothing(run):
     assert one["teacher", "cls", "linear_crops"]["accuracy"] > other["teacher", "cls", "linear_crops"]["accuracy"] + 0.1
 
 
-def test_an_interrupted_evaluation_leaves_nothing_and_goes_on_from_the_cache(run, tmp_path):
+def test_an_interrupted_evaluation_leaves_nothing_and_resumes_from_the_cache(run, tmp_path):
     data = load_dataset("digits", max_train=TRAIN, max_test=TEST)
     reads, after = [], [TRAIN + TEST // 2]
 
@@ -215,18 +219,17 @@ def test_an_interrupted_evaluation_leaves_nothing_and_goes_on_from_the_cache(run
     settings = config(run, out=tmp_path / "out", **options)
     after[0] = TEST // 2
     with pytest.raises(KeyboardInterrupt):
-        evaluate(settings, counted, command="evaluate")
+        evaluated_rows(settings, counted)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
     after[0], before = 10 * TEST, {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert len(before) == 1  # the training images
-    evaluate(settings, counted, command="evaluate")
+    resumed = evaluated_rows(settings, counted)
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    uninterrupted = evaluate(config(run, out=tmp_path / "whole", **options), data, command="evaluate")
-    assert rows_of(tmp_path / "out") == rows_of(uninterrupted)
+    assert resumed == evaluated_rows(config(run, out=tmp_path / "whole", **options), data)
 
 
 @pytest.mark.slow
-def test_a_real_training_is_judged_as_it_judged_itself_and_summarised(tmp_path, capsys):
+def test_a_real_training_is_evaluated_as_at_its_end_and_summarised(tmp_path, capsys):
     crops = MultiCropConfig(global_size=8, local_size=4, local_crops=1)
     training = create(
         PretrainConfig, data="digits", max_train=320, max_test=100, batch_size=64, epochs=1, patch_size=4, embed_dim=16,
@@ -235,14 +238,14 @@ def test_a_real_training_is_judged_as_it_judged_itself_and_summarised(tmp_path, 
     )  # fmt: skip
     said = pretrain(training).test_knn_accuracy
     options = {"max_train": 320, "max_test": 100, "cache_dir": tmp_path / "cache"}
-    folder = command.run(config(tmp_path / "run", out=tmp_path / "out", classifiers="knn,sweep", **options))
+    folder = command.run(config(tmp_path / "run", out=tmp_path / "out", classifiers="knn,sweep", **options)).folder
     assert "the sweep of 52 heads needs 4 blocks and this model has 1; it is left out" in capsys.readouterr().out
     rows = rows_of(folder)
     for network in ("teacher", "student"):
         assert rows[network, "cls", "knn_20"]["accuracy"] == pytest.approx(said[network])
     known = result_of(folder)["pretraining"]
     assert known["train_seconds"] > 0 and known["config"]["epochs"] == known["epochs"] == 1 and known["seed"] == 0
-    text = summarize.run(summarize.Config((tmp_path,)))
+    text = summarize.run(summarize.Config((tmp_path,))).text
     overview = [line for line in text.splitlines() if line.startswith("| ViT 16×1/4")]
     assert len(overview) == 2 and all(f"{100 * said['teacher']:.2f} (1)" in line for line in overview)
     device = {"gpu": "GPU", "cuda": "GPU"}.get(known["backend"], known["backend"].upper())
@@ -277,12 +280,12 @@ def test_a_backbone_brings_its_size_and_a_single_model_its_name(run, tmp_path):
         ("run", ["--data", "unlabelled"], "train holds no class folders: images belong in train/<class>/"),
         ("run", ["--out", "run"], "--out run is the run folder of a training; name a new folder"),
         ("run/teacher", ["--network", "student"], "is not the run folder of a training with several networks"),
-        ("run", ["--resize", "12"], "--resize 12 is less than the 16 px that are cut out of it"),
+        ("run", ["--resize", "12"], "--resize 12 is less than the 16 px that are cropped from it"),
         ("run", ["--image-size", "4"], "--image-size 4 is smaller than one patch"),
-        ("run", ["--classifiers", "knn,few_shots"], "'few_shots' is none; did you mean few_shot?"),
+        ("run", ["--classifiers", "knn,few_shots"], "there is no 'few_shots'; did you mean few_shot?"),
         ("run", ["--shots", "200"], "few_shot needs --shots 200 training images of every class"),
         ("run", ["--epochs", "0"], "--epochs 0 is not a positive number"),
-        ("run", ["--heldout-fraction", "0"], "--heldout-fraction 0.0 is not between 0 and 1"),
+        ("run", ["--heldout-fraction", "0"], "--heldout-fraction 0.0 is not above 0 and below 1"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_two(run, tmp_path, monkeypatch, capsys, weights, flags, message):

@@ -14,6 +14,7 @@ import dinojax
 from dinojax import UserError, VisionTransformer, ViTConfig
 from experiments import stl10_transfer
 from experiments.data.tfds import read_prepared
+from experiments.runs.settings import create
 from experiments.stl10_transfer import Config, load_stl10, official_places, read_binary, read_folds
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -57,7 +58,7 @@ def place(tmp_path_factory):
 def config(place, **changes):
     options = {"data": str(place / "stl10_binary"), "image_size": 32, "epochs": 2, "draws": 2, "figures": False}
     options |= {"out": place / "out", "cache_dir": place / "cache"}
-    return Config(str(place / "weights"), **{**options, **changes})
+    return create(Config, weights=str(place / "weights"), **{**options, **changes})
 
 
 def test_the_official_files_are_read(place):
@@ -71,9 +72,9 @@ def test_the_official_files_are_read(place):
     np.testing.assert_array_equal(official_places(str(place / "stl10_binary"), dataset.train), np.arange(TRAIN))
 
 
-def test_folds_learn_from_their_images_alone_and_are_all_judged_on_the_test_images(place):
+def test_folds_learn_from_their_images_alone_and_are_all_evaluated_on_the_test_images(place):
     settings = config(place, folds=place / "stl10_binary" / "fold_indices.txt", classifiers="knn5,few_shot")
-    folder = stl10_transfer.run(settings)
+    folder = stl10_transfer.run(settings).folder
     result = json.loads((folder / "result.json").read_text())
     assert (result["command"], result["data"]["folds"]) == ("stl10_transfer", 2)
     assert (result["image_size"], result["resize"]) == (32, 37)  # 32 · 256 / 224
@@ -84,7 +85,7 @@ def test_folds_learn_from_their_images_alone_and_are_all_judged_on_the_test_imag
         larger = [Image.fromarray(image).resize((37, 37), Image.Resampling.BICUBIC) for image in images]
         pixels = np.stack([np.asarray(image)[2:34, 2:34] for image in larger]) / 255
         features[split] = np.asarray(model(((pixels - mean) / std).astype(np.float32)).cls_token)
-    folds = [np.array(line.split(), int) for line in settings.folds.read_text().splitlines()]
+    folds = [np.array(line.split(), int) for line in settings.dataset.folds.read_text().splitlines()]
     neighbours = [KNeighborsClassifier(5).fit(features["train"][fold], labels["train"][fold]) for fold in folds]
     expected = [one.score(features["test"], labels["test"]) for one in neighbours]
     rows = {(row["features"], row["probe"]): row for row in result["rows"]}
@@ -97,7 +98,7 @@ def test_folds_learn_from_their_images_alone_and_are_all_judged_on_the_test_imag
 
 def test_every_probe_can_be_fitted_to_folds(place, capsys):
     settings = config(place, folds=place / "stl10_binary" / "fold_indices.txt", classifiers="knn,crops", epochs=3)
-    folder = stl10_transfer.run(settings)
+    folder = stl10_transfer.run(settings).folder
     rows = json.loads((folder / "result.json").read_text())["rows"]
     assert {len(row["accuracies"]) for row in rows} == {2}
     assert {row["probe"] for row in rows} == {"knn_10", "knn_20", "knn_100", "knn5_crops", "linear_crops"}
@@ -140,20 +141,20 @@ def test_a_folder_of_images_tells_their_numbers_by_their_names(tmp_path):
             folder = tmp_path / split / f"class{number % 3}"
             folder.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (4, 4), (number, 0, 0)).save(folder / f"{number:03}.png")
-    train = load_stl10(Config("", data=str(tmp_path))).train
+    train = load_stl10(create(Config, weights="", data=str(tmp_path))).train
     places = official_places(str(tmp_path), train)
     assert [train.read(place)[0, 0, 0] for place in places] == list(range(30))
     (tmp_path / "train" / "class0" / "003.png").rename(tmp_path / "train" / "class0" / "cat.png")
-    with pytest.raises(UserError, match=r"the training images in .* are not named 0 to 29, so that"):
-        official_places(str(tmp_path), load_stl10(Config("", data=str(tmp_path))).train)
+    with pytest.raises(UserError, match=r"the training images in .* are not named 0 to 29, so the official"):
+        official_places(str(tmp_path), load_stl10(create(Config, weights="", data=str(tmp_path))).train)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "folds.txt is no list of image numbers"),
-        ("a b\nc d", "folds.txt is no list of image numbers"),
-        ("1 2 3", "folds.txt holds 1 lines; one for each of several folds was expected"),
+        (None, "folds.txt is not a list of image numbers"),
+        ("a b\nc d", "folds.txt is not a list of image numbers"),
+        ("1 2 3", "folds.txt holds 1 lines; it needs one for each of several folds"),
         ("1 2\n3 3", "folds.txt: line 2 does not name different images among 0 to 9"),
         ("0 10\n1 2", "folds.txt: line 1 does not name different images among 0 to 9"),
         ("-1 2\n1 2", "folds.txt: line 1 does not name different images among 0 to 9"),
@@ -177,7 +178,7 @@ def test_a_cut_off_file_is_named(place, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     with (tmp_path / "train_X.bin").open("r+b") as file:
         file.truncate(1000)
-    with pytest.raises(UserError, match=r"train_X\.bin and train_y\.bin are no whole STL-10 files"):
+    with pytest.raises(UserError, match=r"train_X\.bin and train_y\.bin are not complete STL-10 files"):
         read_binary(tmp_path, "train")
 
 
@@ -187,8 +188,8 @@ def test_a_cut_off_file_is_named(place, tmp_path):
         ([], "--data stl10 is not prepared in"),
         (["--data", "missing/folder"], "--data missing/folder: there is no such folder"),
         (["--folds", "folds.txt", "--max-train", "9"], "--max-train 9 leaves out images of the folds"),
-        (["--data", "BINARY", "--max-test", "9"], "--max-train and --max-test are not for the official folder"),
-        (["--data", "BINARY", "--folds", "folds.txt"], "--folds folds.txt is no list of image numbers"),
+        (["--data", "BINARY", "--max-test", "9"], "--max-train and --max-test do not apply to the official folder"),
+        (["--data", "BINARY", "--folds", "folds.txt"], "--folds folds.txt is not a list of image numbers"),
         (["--draws", "0"], "--draws 0 is not a positive number"),
     ],
 )

@@ -9,14 +9,14 @@ from scipy import stats
 
 from experiments import summarize
 from experiments.summaries.evaluations import cell, difference, group, transfer
-from experiments.summaries.results import Run, read_runs
+from experiments.summaries.results import EvaluatedRun, read_runs
 
 ARCHITECTURE = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3}
 KEY = ("teacher", "cls", "knn_20")
 HERE = Path()
 
 
-def document(seed=0, accuracy=0.5, *, data="cifar100", judged="cifar100", command="evaluate", weights=None, **changes):
+def document(seed=0, accuracy=0.5, *, data="cifar100", on="cifar100", command="evaluate", weights=None, **changes):
     """What `evaluate` writes, as far as it matters here."""
     training = {"seed": seed, "epochs": 200, "patch_size": 4, "out": f"run{seed}", "data": data, "learning_rate": 1e-4}
     config = {"seed": 0, "out": f"eval{seed}", "weights": f"run{seed}", "epochs": 100, "max_train": None, **changes}
@@ -24,7 +24,7 @@ def document(seed=0, accuracy=0.5, *, data="cifar100", judged="cifar100", comman
     return {
         "command": command, "weights": f"run{seed}", "image_size": 32, "resize": 32,
         "feature_dtype": "float32", "parameters": 5_400_000,
-        "data": {"name": judged, "train_images": 50_000, "test_images": 10_000, "folds": 1, "train_fingerprint": "x"},
+        "data": {"name": on, "train_images": 50_000, "test_images": 10_000, "folds": 1, "train_fingerprint": "x"},
         "networks": {"teacher": {"fingerprint": weights or f"w{data}{seed}", "architecture": ARCHITECTURE}},
         "pretraining": {"data": data, "images": 50_000, "epochs": 200, "seed": seed, "config": training,
                         "train_seconds": 3600.0 * (seed + 1), "backend": "cuda"},
@@ -45,7 +45,7 @@ def write(root, documents):
 def test_seeds_are_one_line_with_mean_and_deviation(tmp_path):
     accuracies = [0.50, 0.54, 0.585]
     write(tmp_path / "runs", [document(seed, accuracy) for seed, accuracy in enumerate(accuracies)])
-    text = summarize.run(summarize.Config((tmp_path / "runs",), out=tmp_path / "results.md"))
+    text = summarize.run(summarize.Config((tmp_path / "runs",), out=tmp_path / "results.md")).text
     assert (tmp_path / "results.md").read_text() == text + "\n"
     (line,) = (line for line in text.splitlines() if line.startswith("| ViT-Tiny/4"))
     deviation = 100 * stats.tstd(accuracies)
@@ -72,7 +72,7 @@ def test_tables_are_markdown_whose_lines_have_the_same_columns(tmp_path, capsys)
     "other",
     [
         {"epochs": 50},
-        {"judged": "cifar10"},
+        {"on": "cifar10"},
         {"data": "cifar10"},
         {"max_train": 1000},
         {"command": "stl10_transfer"},
@@ -97,10 +97,19 @@ def test_the_same_weights_count_once(tmp_path):
     assert cell(one.values[KEY]) == f"62.50 ± {100 * stats.tstd([0.55, 0.7]):.2f} (2)"
 
 
+def test_numbers_selected_on_the_test_set_are_marked_under_the_old_and_the_new_name_of_the_protocol(tmp_path):
+    documents = [document(seed, 0.5 + seed / 10, protocol=name) for seed, name in enumerate(("seed", "reported"))]
+    honest = document(2, 0.7, protocol="heldout")
+    groups = group(read_runs([write(tmp_path, [*documents, honest])]))
+    assert [len(one.runs) for one in groups] == [2, 1]
+    labels = [one.first.evaluated_on for one in groups]
+    assert labels == ["cifar100, 32 px, selected on the test set", "cifar100, 32 px"]
+
+
 def test_published_weights_are_named(tmp_path):
     one = document(0)
     one["pretraining"], one["weights"] = {}, "dinov2_vits14"
-    text = summarize.run(summarize.Config((write(tmp_path, [one]),)))
+    text = summarize.run(summarize.Config((write(tmp_path, [one]),))).text
     assert "| dinov2_vits14 " in text and "### dinov2_vits14: cifar100, 32 px (n = 1)" in text
 
 
@@ -109,7 +118,7 @@ def side(accuracies, trained_on, *, images=1000):
         return tuple(stats.binomtest(round(p * images), images).proportion_ci(method="wilson"))
 
     return [
-        Run(
+        EvaluatedRun(
             HERE, trained_on, f"{trained_on}{i}", trained_on, "stl10, 96 px", {}, None, "", {KEY: p}, {KEY: interval(p)}
         )
         for i, p in enumerate(accuracies)
@@ -146,13 +155,13 @@ def test_the_interval_of_two_proportions_is_newcombes():
 
     def one(hits, images):
         interval = tuple(stats.binomtest(hits, images).proportion_ci(method="wilson"))
-        return Run(HERE, str(images), "w", "", "stl10", {}, None, "", {KEY: hits / images}, {KEY: interval})
+        return EvaluatedRun(HERE, str(images), "w", "", "stl10", {}, None, "", {KEY: hits / images}, {KEY: interval})
 
     low, high, _ = difference(*group([one(56, 70), one(48, 80)]), KEY)
     assert (round(low, 4), round(high, 4)) == (0.0524, 0.3339)
 
 
-def tuned(root, mode, seed, accuracy, *, judged="validation", **changes):
+def tuned(root, mode, seed, accuracy, *, split="validation", **changes):
     """What `finetune_folder` leaves of one mode, as far as it matters here."""
     folder = root / f"{mode}-{seed}-{len(list(root.glob('*')))}" / mode
     folder.mkdir(parents=True)
@@ -162,7 +171,7 @@ def tuned(root, mode, seed, accuracy, *, judged="validation", **changes):
         "data": {"name": "cotton", "train_images": 90, "validation_images": 30, "test_images": 20},
         "seconds_an_epoch": {"median": 2.0 + seed}, "validation": {"accuracy": 0.1, "balanced_accuracy": 0.1},
     }  # fmt: skip
-    metrics[judged] = {"accuracy": accuracy, "balanced_accuracy": accuracy - 0.2}
+    metrics[split] = {"accuracy": accuracy, "balanced_accuracy": accuracy - 0.2}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder.parent / "metrics.json").write_text(json.dumps({mode: metrics}))
@@ -173,8 +182,8 @@ def test_seeds_of_a_fine_tuning_are_one_line_and_other_settings_another(tmp_path
     for seed, accuracy in enumerate(accuracies):
         tuned(tmp_path, "lora", seed, accuracy)
     tuned(tmp_path, "lora", 0, 0.6, balance="loss")
-    tuned(tmp_path, "linear", 0, 0.5, judged="test")
-    text = summarize.run(summarize.Config((tmp_path,)))
+    tuned(tmp_path, "linear", 0, 0.5, split="test")
+    text = summarize.run(summarize.Config((tmp_path,))).text
     assert "### cotton from dinojax_vitt, 48 px" in text and "Overview" not in text
     lines = [[word.strip() for word in line.strip("|").split("|")] for line in text.splitlines() if "1,234" in line]
     deviation = f"{100 * stats.tstd(accuracies):.2f} (3)"
@@ -188,19 +197,23 @@ def test_seeds_of_a_fine_tuning_are_one_line_and_other_settings_another(tmp_path
 def test_fine_tunings_beside_evaluations(tmp_path):
     write(tmp_path / "evaluations", [document()])
     tuned(tmp_path, "llrd", 0, 0.7)
-    text = summarize.run(summarize.Config((tmp_path,)))
+    text = summarize.run(summarize.Config((tmp_path,))).text
     assert "## Overview" in text and "| llrd " in text
 
 
 def test_folders_without_runs_and_damaged_files_are_one_sentence(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "old").mkdir()
+    for name in ("config.json", "metrics.json", "classifiers.json"):
+        (tmp_path / "old" / name).write_text("{}")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "result.json").write_text('{"rows": [')
     for arguments, message in (
         ([], "no runs were given"),
         (["missing"], "missing: there is no such folder"),
         ([str(tmp_path / "empty")], "empty holds no result.json of a run"),
+        ([str(tmp_path / "old")], "old is of an earlier version of cifar10_probe, which wrote no result.json"),
         ([str(tmp_path / "unfinished")], "unfinished is a training that has not ended"),
         ([str(tmp_path / "damaged")], "result.json is missing or damaged"),
     ):

@@ -178,7 +178,7 @@ def test_features_that_are_not_finite_are_refused_and_not_cached(tmp_path):
 
 
 def test_sizes_that_the_patch_does_not_divide_are_refused_for_dinov2_alone(tmp_path):
-    with pytest.raises(UserError, match="--image-size 30 is not a multiple of the model's patch size 14; take 28 or 42"):
+    with pytest.raises(UserError, match=r"--image-size 30 is not a multiple of .* 14; take 28 or 42"):
         make_extractor(tmp_path, image_size=30)
     with pytest.raises(UserError, match="--image-size 13 is smaller than one patch"):
         make_extractor(tmp_path, image_size=13)

@@ -1,4 +1,4 @@
-"""Classifiers on cached features: scikit-learn's answers, files that predict the same, and a test set read last."""
+"""Classifiers on cached features: equal to scikit-learn, the same when loaded from files, and a test set read last."""
 
 import dataclasses
 
@@ -13,11 +13,15 @@ from sklearn.svm import SVC
 from dinojax import UserError
 from dinojax.probes import fit_sgd_linear
 from experiments.data.splits import Dataset, Split
-from experiments.probing.classifiers import TITLES, load_classifiers, pick_tokens, save_classifiers
-from experiments.probing.fitting import ON_HELDOUT, ON_TEST, Settings, TrainingData, check_labels, fit
-from experiments.probing.judging import SealedTest, judge
+from experiments.features.parts import FeatureParts
+from experiments.probing import fitting, pipeline
+from experiments.probing.classifiers import TITLES, load_classifiers, save_classifiers
+from experiments.probing.config import ClassifierConfig, ClassifierSettings
+from experiments.probing.data import SealedTest, TrainingFeatures, UnseenFeatures
+from experiments.probing.fitting import ON_HELDOUT, ON_TEST, TrainingData, check_labels
+from experiments.runs.settings import create
 
-FAST = Settings(epochs=2, mlp_epochs=2, sweep_steps=20)
+FAST = ClassifierSettings(epochs=2, mlp_epochs=2, sweep_steps=20)
 CHOOSING = ("linear", "sweep", "logistic", "mlp", "mlp_shuffled")
 
 
@@ -26,7 +30,16 @@ def make_images(count, classes=3, seed=0, dim=6):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, count)
     centres = np.random.default_rng(99).normal(size=(classes, 3, dim))
-    return (centres[labels] + rng.normal(size=(count, 3, dim))).astype(np.float32), labels
+    return parts((centres[labels] + rng.normal(size=(count, 3, dim))).astype(np.float32)), labels
+
+
+def parts(tokens):
+    """CLS tokens of two blocks and the mean patch, in a row, as features."""
+    return FeatureParts(cls=tokens[:, :2], mean_patch=tokens[:, 2])
+
+
+def fit(name, data, settings):
+    return fitting.fit(name, data, settings, 0)
 
 
 def make_data(count=90, classes=3, **changes):
@@ -53,11 +66,12 @@ def same(one, other):
 def test_the_svc_predicts_from_its_arrays_as_scikit_learn_does(classes, standardise):
     data = make_data(200, classes)
     # Scales that differ, so that standardising matters.
-    data = dataclasses.replace(data, features=data.features * np.array([1, 2, 9, 0.1, 5, 1], np.float32) + 3)
+    scale = np.array([1, 2, 9, 0.1, 5, 1], np.float32)
+    data = dataclasses.replace(data, features=parts(data.features.tokens * scale + 3))
     features, _ = make_images(2500, classes, seed=1)  # more than one block of rows
-    features = features * np.array([1, 2, 9, 0.1, 5, 1], np.float32) + 3
+    features = parts(features.tokens * scale + 3)
     found = fit("svc", data, dataclasses.replace(FAST, svc_standardise=standardise)).classifier.predict(features)
-    train, test = (x[:, -2].astype(np.float64) for x in (data.features, features))
+    train, test = (x.cls[:, -1].astype(np.float64) for x in (data.features, features))
     if standardise:
         scaler = StandardScaler().fit(train)
         train, test = scaler.transform(train), scaler.transform(test)
@@ -71,23 +85,47 @@ def test_the_svc_predicts_from_its_arrays_as_scikit_learn_does(classes, standard
 def test_euclidean_neighbours_vote_as_scikit_learn_does(fitted):
     data, (features, _) = make_data(), make_images(200, seed=2)
     found = fitted["knn5"].classifier.predict(features)
-    reference = KNeighborsClassifier(n_neighbors=5).fit(pick_tokens(data.features), data.labels)
-    np.testing.assert_array_equal(found.classes, reference.predict(pick_tokens(features)))
-    np.testing.assert_allclose(found.scores, reference.predict_proba(pick_tokens(features)))
+    reference = KNeighborsClassifier(n_neighbors=5).fit(data.features.vectors(), data.labels)
+    np.testing.assert_array_equal(found.classes, reference.predict(features.vectors()))
+    np.testing.assert_allclose(found.scores, reference.predict_proba(features.vectors()))
 
 
-def test_tokens_are_picked_in_order():
-    features = np.arange(2 * 4 * 2, dtype=np.float32).reshape(2, 4, 2)  # three CLS tokens and the mean patch
-    np.testing.assert_array_equal(pick_tokens(features)[0], [4, 5])
-    np.testing.assert_array_equal(pick_tokens(features, 1, True)[0], [4, 5, 6, 7])
-    np.testing.assert_array_equal(pick_tokens(features, 3)[1], [8, 9, 10, 11, 12, 13])
-    np.testing.assert_array_equal(pick_tokens(features, 3, True)[0], np.arange(8))
+def test_vectors_are_concatenated_in_order():
+    tokens = np.arange(2 * 4 * 2, dtype=np.float32).reshape(2, 4, 2)  # three CLS tokens and the mean patch
+    features = FeatureParts.of_tokens(tokens)
+    np.testing.assert_array_equal(features.tokens, tokens)
+    np.testing.assert_array_equal(features.vectors()[0], [4, 5])
+    np.testing.assert_array_equal(features.vectors("mean_patch")[1], [14, 15])
+    np.testing.assert_array_equal(features.vectors(mean_patch=True)[0], [4, 5, 6, 7])
+    np.testing.assert_array_equal(features.vectors(blocks=3)[1], [8, 9, 10, 11, 12, 13])
+    np.testing.assert_array_equal(features.vectors(blocks=3, mean_patch=True)[0], np.arange(8))
+    np.testing.assert_array_equal(features[np.array([1])].vectors(), [[12, 13]])
+
+
+def test_a_classifier_looks_at_the_part_that_it_was_fitted_to(tmp_path):
+    data, (features, _) = make_data(part="mean_patch"), make_images(200, seed=2)
+    fitted = fit("knn5", data, FAST).classifier
+    save_classifiers(tmp_path, [fitted], {})
+    reference = KNeighborsClassifier(n_neighbors=5).fit(data.features.mean_patch, data.labels)
+    for classifier in (fitted, *load_classifiers(tmp_path)):
+        assert classifier.part == "mean_patch"
+        np.testing.assert_array_equal(classifier.predict(features).classes, reference.predict(features.mean_patch))
+
+
+def test_raw_pixels_have_one_part():
+    pixels = np.random.default_rng(0).random((30, 12), np.float32)
+    features, labels = FeatureParts(pixels=pixels), np.arange(30) % 2
+    data = TrainingData(features, labels, 2, np.arange(20), np.arange(20, 30), part="pixels")
+    found = fit("knn5", data, FAST).classifier.predict(features)
+    np.testing.assert_array_equal(found.classes, KNeighborsClassifier(5).fit(pixels, labels).predict(pixels))
 
 
 @pytest.mark.parametrize("name", TITLES)
 def test_everything_learns(fitted, name):
     features, labels = make_images(300, seed=3)
-    found = fit(name, make_data(), Settings(epochs=20, mlp_epochs=25, sweep_steps=300)).classifier.predict(features)
+    found = fit(name, make_data(), ClassifierSettings(epochs=20, mlp_epochs=25, sweep_steps=300)).classifier.predict(
+        features
+    )
     assert np.mean(found.classes == labels) > 0.6
     if found.are_probabilities:
         np.testing.assert_allclose(found.scores.sum(axis=1), 1, atol=1e-6)
@@ -130,35 +168,39 @@ def make_dataset(train_labels, test_labels, class_names=("a", "b", "c")):
     return Dataset("made", class_names, train, test)
 
 
-def judged_with(tmp_path, test_seed, protocol, names):
+def config_of(names, **settings):
+    options = {"epochs": 2, "mlp_epochs": 2, "sweep_steps": 20, **settings}
+    return create(ClassifierConfig, data="made", weights="made", classifiers=",".join(names), **options)
+
+
+def fitted_with(test_seed, protocol, names):
     features, labels = make_images(90)
     test_features, test_labels = make_images(40, seed=test_seed)
     dataset = make_dataset(labels, test_labels)
-    # Labels that disagree with the features, so that choosing on them would choose otherwise.
-    sealed = SealedTest(test_features, np.random.default_rng(test_seed).permutation(test_labels))
-    settings = dataclasses.replace(FAST, epochs=8, mlp_epochs=8, sweep_steps=60, protocol=protocol)
-    judged, _ = judge(names, dataset, features, [], sealed, settings, tmp_path)
-    return {name: one.fit for name, one in judged.items()}
+    # Labels that disagree with the features, so that selecting on them would select otherwise.
+    shuffled = np.random.default_rng(test_seed).permutation(test_labels)
+    sealed = SealedTest(UnseenFeatures(test_features, shuffled))
+    config = config_of(names, epochs=8, mlp_epochs=8, sweep_steps=60, protocol=protocol)
+    _, probes, _ = pipeline.Pipeline(config, dataset).evaluate_features("model", TrainingFeatures(features), sealed)
+    return {one.fitted.probe: one.fitted.fits[0] for one in probes}
 
 
-def test_no_test_image_has_a_say_in_what_is_fitted(tmp_path):
+def test_no_test_image_has_a_say_in_what_is_fitted():
     """Other test images and labels: the classifiers are the same to the last bit, unless the protocol looks."""
-    one, other = (judged_with(tmp_path, seed, "heldout", tuple(TITLES)) for seed in (5, 6))
+    one, other = (fitted_with(seed, "heldout", tuple(TITLES)) for seed in (5, 6))
     for name in TITLES:
         assert same(one[name].classifier.arrays, other[name].classifier.arrays), name
         assert one[name].details == other[name].details
         assert one[name].selection == (ON_HELDOUT if name in CHOOSING else "nothing to select")
     names = ("svc", "linear", "sweep", "logistic", "mlp")
-    one, other = (judged_with(tmp_path, seed, "seed", names) for seed in (5, 6))
+    one, other = (fitted_with(seed, "reported", names) for seed in (5, 6))
     for name in names:
         looks = name in ("linear", "sweep", "mlp")
         assert (one[name].details == other[name].details) != looks, name
         assert (one[name].selection == ON_TEST) == looks
 
 
-def test_the_test_set_is_opened_once_after_all_fits(tmp_path, monkeypatch):
-    from experiments.probing import judging
-
+def test_the_test_set_is_opened_once_after_all_fits(monkeypatch):
     order = []
 
     class Watched(SealedTest):
@@ -166,13 +208,14 @@ def test_the_test_set_is_opened_once_after_all_fits(tmp_path, monkeypatch):
             order.append("opened")
             return super().open()
 
-    real = judging.fit
-    monkeypatch.setattr(judging, "fit", lambda name, *rest: (order.append(name), real(name, *rest))[1])
+    real = pipeline.fit
+    monkeypatch.setattr(pipeline, "fit", lambda name, *rest: (order.append(name), real(name, *rest))[1])
     (features, labels), (test_features, test_labels) = make_images(90), make_images(40, seed=5)
     dataset = make_dataset(labels, test_labels)
-    sealed = Watched(test_features, test_labels)
-    judging.judge((*TITLES, "few_shot"), dataset, features, [], sealed, FAST, tmp_path)
-    assert order == [*TITLES, "opened"]
+    sealed = Watched(UnseenFeatures(test_features, test_labels))
+    one = pipeline.Pipeline(config_of((*TITLES, "few_shot")), dataset)
+    one.evaluate_features("model", TrainingFeatures(features), sealed)
+    assert sorted(order[:-1]) == sorted(TITLES) and order[-1] == "opened"
     with pytest.raises(RuntimeError, match="was opened before"):
         sealed.open()
 
@@ -184,7 +227,7 @@ def test_logistic_regression_is_refitted_on_all_training_images():
     distance = {}
     for name, rows in (("all", slice(None)), ("kept", data.kept)):
         reference = LogisticRegression(C=found.details["best"]["C"], max_iter=10_000, tol=1e-8)
-        reference.fit(pick_tokens(data.features[rows]), data.labels[rows])
+        reference.fit(data.features[rows].vectors(), data.labels[rows])
         distance[name] = np.abs(reference.coef_.T - kernel).max()
     assert distance["all"] < 0.01 * np.abs(kernel).max() < distance["kept"]
 
@@ -195,7 +238,7 @@ def test_the_best_head_of_the_sweep_is_refitted_on_all_training_images():
     best = found.details["best"]
     assert best["accuracy"] == max(point["accuracy"] for point in found.details["grid"])
     assert len(found.details["grid"]) == 13 * 4
-    inputs = pick_tokens(data.features, best["blocks"], best["mean_patch"])
+    inputs = data.features.vectors(blocks=best["blocks"], mean_patch=best["mean_patch"])
     heads = [
         fit_sgd_linear(
             inputs[rows], data.labels[rows], num_classes=3, key=jax.random.key(0), steps=20,
@@ -210,8 +253,9 @@ def test_the_best_head_of_the_sweep_is_refitted_on_all_training_images():
 def test_an_early_stopped_head_does_not_see_heldout_images():
     """Held-out features change nothing when there is one epoch to choose from."""
     data = make_data()
-    features = data.features.copy()
-    features[data.heldout] += 3
+    tokens = data.features.tokens
+    tokens[data.heldout] += 3
+    features = parts(tokens)
     settings = dataclasses.replace(FAST, epochs=1, mlp_epochs=1)
     for name in ("linear", "mlp", "mlp_shuffled"):
         one, other = (
@@ -222,21 +266,23 @@ def test_an_early_stopped_head_does_not_see_heldout_images():
 
 def test_views_of_heldout_images_are_not_learnt_from():
     data = make_data()
-    views = data.features + np.random.default_rng(1).normal(size=data.features.shape).astype(np.float32)
+    tokens = data.features.tokens
+    views = tokens + np.random.default_rng(1).normal(size=tokens.shape).astype(np.float32)
     of_heldout, of_kept = views.copy(), views.copy()
     of_heldout[data.heldout] += 5
     of_kept[data.kept] += 5
     for name in ("linear", "mlp"):
         settings = dataclasses.replace(FAST, epochs=1, mlp_epochs=1)
         plain, with_views, heldout_changed, kept_changed = (
-            fit(name, dataclasses.replace(data, views=v), settings).classifier.arrays
+            fit(name, dataclasses.replace(data, views=[parts(x) for x in v]), settings).classifier.arrays
             for v in ([], [views], [of_heldout], [of_kept])
         )
         assert same(with_views, heldout_changed), name
         assert not same(with_views, plain) and not same(with_views, kept_changed), name
     for name in ("knn", "svc", "logistic"):
         plain, with_views = (
-            fit(name, dataclasses.replace(data, views=v), FAST).classifier.arrays for v in ([], [views])
+            fit(name, dataclasses.replace(data, views=[parts(x) for x in v]), FAST).classifier.arrays
+            for v in ([], [views])
         )
         assert same(plain, with_views), name
 
@@ -279,6 +325,6 @@ def test_other_limits_belong_to_the_classifiers_asked_for():
 @pytest.mark.parametrize("name", TITLES)
 def test_features_that_are_not_finite_are_one_sentence(name):
     data = make_data()
-    data.features[7, 1, 2] = np.nan
+    data.features.cls[7, 1, 2] = np.nan
     with pytest.raises(UserError, match="image 7 are not finite"):
         fit(name, data, FAST)

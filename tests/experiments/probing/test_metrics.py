@@ -1,4 +1,4 @@
-"""Metrics: cases counted by hand, scikit-learn as the judge of the averages, intervals that cover what they should."""
+"""Metrics: cases counted by hand, averages equal to those of scikit-learn, intervals that cover what they should."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from experiments.data.splits import Split
 from experiments.probing import metrics as metrics_module
 from experiments.probing.classifiers import Prediction
-from experiments.probing.metrics import evaluate, resample_metrics, top_accuracy, write_predictions
+from experiments.probing.metrics import compute_metrics, resample_metrics, top_accuracy, write_predictions
 
 # By hand: class a 3 images (2 right, 1 called b), class b 2 (1 right, 1 called c), class c 1 (right); d has none.
 LABELS = np.array([0, 0, 0, 1, 1, 2])
@@ -23,7 +23,7 @@ def prediction(classes, num_classes, **options):
 
 
 def test_a_case_counted_by_hand():
-    found = evaluate(LABELS, prediction(CLASSES, 4), NAMES)
+    found = compute_metrics(LABELS, prediction(CLASSES, 4), NAMES)
     assert found["accuracy"] == pytest.approx(4 / 6)
     # Precision a 2/2, b 1/2, c 1/2; recall a 2/3, b 1/2, c 1/1; F1 a 4/5, b 1/2, c 2/3.
     assert found["macro_precision"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
@@ -61,7 +61,7 @@ def test_the_interval_is_that_of_images_drawn_with_replacement():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 400)
     classes = np.where(rng.random(400) < 0.7, labels, rng.integers(0, 3, 400))
-    found = evaluate(labels, prediction(classes, 3), ("a", "b", "c"))["interval"]
+    found = compute_metrics(labels, prediction(classes, 3), ("a", "b", "c"))["interval"]
     drawn = [rng.integers(0, 400, 400) for _ in range(2000)]
     for name, score in (
         ("accuracy", lambda t, p: np.mean(t == p)),
@@ -73,7 +73,9 @@ def test_the_interval_is_that_of_images_drawn_with_replacement():
 
 
 def test_intervals_follow_the_seed_alone():
-    one, again, other = (evaluate(LABELS, prediction(CLASSES, 4), NAMES, seed=seed)["interval"] for seed in (1, 1, 2))
+    one, again, other = (
+        compute_metrics(LABELS, prediction(CLASSES, 4), NAMES, seed=seed)["interval"] for seed in (1, 1, 2)
+    )
     assert one == again != other
 
 
@@ -81,7 +83,7 @@ def test_top_five_is_counted_by_rank_and_only_where_there_are_more_classes():
     scores = np.tile(np.arange(7.0)[::-1], (3, 1))  # class 0 first, class 6 last
     assert top_accuracy(np.array([4, 5, 0]), scores) == pytest.approx(2 / 3)
     assert top_accuracy(np.array([4, 5]), np.zeros((2, 7))) == 0.5  # ties to the lower index
-    found = evaluate(np.array([4, 5, 0]), Prediction(np.zeros(3, int), scores), [str(i) for i in range(7)])
+    found = compute_metrics(np.array([4, 5, 0]), Prediction(np.zeros(3, int), scores), [str(i) for i in range(7)])
     assert found["accuracy"] == pytest.approx(1 / 3)
     assert found["top5_accuracy"] == pytest.approx(2 / 3)
     low, high = found["interval"]["top5_accuracy"]
