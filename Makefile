@@ -40,9 +40,10 @@ test-all: $(DEV) lint docs  ## also the slow tests; one of them installs the pac
 test-network: $(DEV)  ## only the tests that need the internet: the official checkpoints, downloaded and compared
 	$(PYTEST) -m network
 
-lint: $(DEV)  ## ruff, format and rules
+lint: $(DEV)  ## format, rules and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 docs: $(DEV)  ## the documentation as a site in build/site; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -21,7 +21,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, Key, PyTree
 from dinojax.accumulation import part_size, sum_over_parts
 from dinojax.errors import UserError, require
 from dinojax.models.chunks import images_in_cache, in_chunks
-from dinojax.models.layers import Linear, torch_default_init
+from dinojax.models.layers import Linear, Module, torch_default_init
 from dinojax.models.vit import VisionTransformer
 from dinojax.precision import at_least_float32
 from dinojax.pretraining.monitors import gradient_norms
@@ -37,7 +37,7 @@ ClassWeights = Float[Array | np.ndarray, " classes"]
 DropPathKey = Key[Array, ""] | None
 
 
-class ImageClassifier(nnx.Module):
+class ImageClassifier(Module):
     """A backbone and a linear layer on its class token, for images as the backbone takes them."""
 
     def __init__(self, backbone: VisionTransformer, classes: int, *, rngs: nnx.Rngs):

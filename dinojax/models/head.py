@@ -11,11 +11,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dinojax.models.layers import Linear, gelu, torch_default_init
+from dinojax.models.layers import Linear, Module, gelu, torch_default_init
 from dinojax.precision import at_least_float32
 
 
-class DINOHead(nnx.Module):
+class DINOHead(Module):
     """Features → MLP with exact GELU → unit length → products with unit-length prototypes.
 
     Args:
@@ -61,7 +61,7 @@ class DINOHead(nnx.Module):
         return _unit_length(x)
 
 
-class WeightNormLinear(nnx.Module):
+class WeightNormLinear(Module):
     """Bias-free linear layer whose row k is `weight_v[k]` scaled to length `weight_g[k]` (torch's layout and names)."""
 
     def __init__(self, in_dim: int, out_dim: int, *, train_norm: bool, rngs: nnx.Rngs):

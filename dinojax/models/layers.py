@@ -7,8 +7,10 @@ Source: facebookresearch/dino 7c446df `vision_transformer.py`, facebookresearch/
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,15 @@ from dinojax.precision import at_least_float32
 _linear_init = nnx.initializers.normal(0.02)
 
 LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-6, use_fast_variance=False)
+
+
+class Module(nnx.Module):
+    """A Flax module whose constructor `inspect.signature` and `help` can read; Flax's metaclass hides it from them."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        signature = inspect.signature(cls.__init__)
+        cls.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 class Linear(nnx.Linear):
@@ -48,7 +59,7 @@ def torch_default_init(fan_in: int) -> Callable[..., Array]:
     return lambda key, shape, dtype=jnp.float32, *_: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-class PatchEmbed(nnx.Module):
+class PatchEmbed(Module):
     """Cuts an image into patches and projects each linearly; pixels beyond the last whole patch are dropped."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int, *, rngs: nnx.Rngs):
@@ -71,7 +82,7 @@ class PatchEmbed(nnx.Module):
         return tokens.reshape(batch, rows * columns, -1)
 
 
-class Attention(nnx.Module):
+class Attention(Module):
     """Multi-head self-attention with one fused projection, laid out (3, heads, head_dim) as upstream."""
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, rngs: nnx.Rngs):
@@ -106,7 +117,7 @@ def _scores(query: Array, key: Array) -> Array:
     return jnp.einsum("bhqd,bhkd->bhqk", query * scale, key, preferred_element_type=dtype)
 
 
-class Mlp(nnx.Module):
+class Mlp(Module):
     """Linear, exact GELU, linear."""
 
     def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs):
@@ -117,7 +128,7 @@ class Mlp(nnx.Module):
         return self.fc2(gelu(self.fc1(x)))
 
 
-class SwiGLUFFN(nnx.Module):
+class SwiGLUFFN(Module):
     """SiLU-gated feed-forward with a fused input projection: w3(silu(x1) · x2) for x1, x2 = w12(x)."""
 
     def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs):
@@ -134,7 +145,7 @@ def swiglu_hidden_dim(dim: int, mlp_ratio: float) -> int:
     return (int(int(dim * mlp_ratio) * 2 / 3) + 7) // 8 * 8
 
 
-class LayerScale(nnx.Module):
+class LayerScale(Module):
     """A learned factor per channel on a residual branch."""
 
     def __init__(self, dim: int, init_value: float):
@@ -152,7 +163,7 @@ def drop_path(x: Float[Array, "batch *rest"], rate: float, key: Key[Array, ""] |
     return jnp.where(keep, x / (1 - rate), 0)
 
 
-class Block(nnx.Module):
+class Block(Module):
     """Pre-norm transformer block: attention, then feed-forward, each with optional LayerScale and drop path."""
 
     def __init__(

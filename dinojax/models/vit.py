@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from dinojax.errors import require
-from dinojax.models.layers import Block, LayerNorm, PatchEmbed
+from dinojax.models.layers import Block, LayerNorm, Module, PatchEmbed
 from dinojax.models.position import interpolate_pos_embed
 
 _Batch = Array | np.ndarray
@@ -84,7 +84,7 @@ class Features(NamedTuple):
     prenorm: Float[Array, "batch tokens dim"]
 
 
-class VisionTransformer(nnx.Module):
+class VisionTransformer(Module):
     """DINO / DINOv2 backbone for NHWC images of any size, normalised as the weights expect.
 
     It computes in the dtype of its parameters. Drop path is drawn only where a `key` is given.

@@ -17,6 +17,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, Key, PyTree, UInt8
 from dinojax.accumulation import part_size, sum_over_parts
 from dinojax.models.chunks import in_chunks
 from dinojax.models.head import DINOHead
+from dinojax.models.layers import Module
 from dinojax.models.vit import VisionTransformer
 from dinojax.pretraining.augment import MultiCropConfig, multi_crop
 from dinojax.pretraining.losses import dino_loss, dino_loss_in_chunks, entropy, teacher_probs, updated_center
@@ -27,7 +28,7 @@ Crops = Float[Array, "_crops batch _height _width channels"]
 Metrics = dict[str, Array]
 
 
-class DINO(nnx.Module):
+class DINO(Module):
     """A backbone and a head; crops of one size pass the backbone together, all crops the head together."""
 
     def __init__(self, backbone: VisionTransformer, head: DINOHead):
