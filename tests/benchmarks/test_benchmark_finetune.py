@@ -99,7 +99,6 @@ def test_flops_are_those_of_the_products(ours, mode):
     assert counter.get_total_flops() == row.flops
 
 
-@pytest.mark.slow
 def test_the_last_line_is_json():
     row = ROWS["llrd"]
     code = (

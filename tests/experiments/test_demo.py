@@ -11,7 +11,7 @@ from experiments.demo import Config, run
 from experiments.features.backbones import load_backbone
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # compiles and trains the whole demo: a minute
 def test_the_demo_trains_draws_and_leaves_weights(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))  # of the feature cache
     accuracies = run(Config(epochs=2, out=tmp_path / "demo")).test_knn_accuracy

@@ -168,7 +168,7 @@ def test_features_and_images_give_the_same_logits(place, tmp_path):
     assert numbers["validation_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # compiles the same training twice, once in a process with two devices
 def test_two_devices_train_as_one(place, tmp_path):
     finetune(config(place, mode="llrd", epochs=2, out=tmp_path / "one"))
     options = {"--mode": "llrd", "--weights": place / "weights", "--epochs": 2, "--batch-size": 8, "--seed": 1}

@@ -143,6 +143,7 @@ def unnormalised(crops: jax.Array, config: MultiCropConfig) -> np.ndarray:
     return (np.asarray(crops) * np.array(config.std) + np.array(config.mean)) * 255
 
 
+# slow: compiles a third augmentation, which differs from v2_paper only in its blur
 @pytest.mark.parametrize("mode", ["v1", "v2_paper", pytest.param("v2_as_released", marks=pytest.mark.slow)])
 def test_whole_views_are_what_pillow_s_pipeline_makes(mode):
     height, width = 48, 80

@@ -114,6 +114,7 @@ MISTAKES = [
 ]
 
 
+# slow: compiles every mistake again for a second run; the run with clipping alone shows each of them
 @pytest.mark.parametrize("name", [pytest.param(PLAIN, marks=pytest.mark.slow), CLIPPING])
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_mistake_shows(monkeypatch, mistake, name):
