@@ -163,7 +163,7 @@ def test_the_same_command_gives_the_same_numbers_and_a_run_folder_is_used_again(
     assert (config.run.out / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # fits all nine classifiers, the sweep and the SVC among them
 def test_shuffled_labels_are_learnt_by_no_classifier(config, tmp_path):
     """A leak of any test image into any fit would be seen: the labels have nothing to do with the images."""
     dataset = load_dataset("digits", max_train=400, max_test=300)

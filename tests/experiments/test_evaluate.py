@@ -228,7 +228,7 @@ def test_an_interrupted_evaluation_leaves_nothing_and_resumes_from_the_cache(run
     assert resumed == evaluated_rows(config(run, out=tmp_path / "whole", **options), data)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a training and two evaluations, each compiled for itself
 def test_a_real_training_is_evaluated_as_at_its_end_and_summarised(tmp_path, capsys):
     crops = MultiCropConfig(global_size=8, local_size=4, local_crops=1)
     training = create(

@@ -132,7 +132,7 @@ def test_the_evaluation_follows_the_training_and_agrees_with_its_k_nn(uninterrup
     assert (folder / "evaluation" / "result.json").stat().st_mtime_ns == shown
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # compiles a loop of two training steps: the longest compilation of this file
 def test_however_many_steps_a_dispatch_the_run_is_the_same(uninterrupted, tmp_path):
     """XLA fuses a loop's body differently than one step alone, so to rounding only."""
     folder = pretrain(settings(out=tmp_path / "run", steps_per_dispatch=2)).folder
@@ -264,7 +264,7 @@ def test_images_of_several_sizes_need_a_size(of_several_sizes):
         pretrain(of_several_sizes)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # compiles a training for another size of images
 def test_images_are_brought_to_one_size(of_several_sizes):
     folder = pretrain(replace(of_several_sizes, image_size=12, own_statistics=True)).folder
     assert json.loads((folder / "result.json").read_text())["images"] == 8
