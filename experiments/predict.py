@@ -68,7 +68,7 @@ def run(config: Config) -> dict[str, "Prediction"]:
     Raises:
         UserError: images, a run or a classifier that does not exist, or a backbone that is not the run's.
     """
-    from experiments.figures.results import save_answers
+    from experiments.figures.results import save_classified
     from experiments.probing.classifiers import FINETUNED, TITLES, load_classifiers, read_index
     from experiments.runs import records
 
@@ -89,13 +89,13 @@ def run(config: Config) -> dict[str, "Prediction"]:
         class_names, titles = index["class_names"], TITLES | {FINETUNED: "fine-tuned"}
         _write_csv(partial / "predictions.csv", split, found, class_names)
         drawn = range(min(_DRAWN, len(split)))
-        answers = [
+        labelled = [
             [(titles[name], class_names[p.classes[i]], float(p.confidence[i])) for name, p in found.items()]
             for i in drawn
         ]
         title = f"{index['weights']}{_untrained(index)}, {index['image_size']} px"
         pictures = [split.read(i) for i in drawn]
-        save_answers(partial / "predictions.png", pictures, [split.ids[i] for i in drawn], answers, title=title)
+        save_classified(partial / "predictions.png", pictures, [split.ids[i] for i in drawn], labelled, title=title)
         records.write_json(partial / records.CONFIG_FILE, flat(config))
     _print(split, found, index)
     for file in ("predictions.csv", "predictions.png"):

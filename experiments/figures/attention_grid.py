@@ -1,4 +1,4 @@
-"""The figure of the demo: images in rows, beside each the attention of every head."""
+"""The figure of the demo: rows of images, each with the attention of every head."""
 
 from pathlib import Path
 
@@ -19,14 +19,14 @@ def save_attention_grid(
     title: str,
     note: str,
 ) -> None:
-    """Each image, then the attention of its class token: the mean of the heads and every head.
+    """Draws each image, then the attention of its class token: the mean of the heads and every head.
 
     Args:
-        path: of the PNG.
+        path: PNG file to write.
         images: RGB.
-        attention: probabilities; of the mean first, then of each head.
-        title: the first line.
-        note: the second line.
+        attention: attention probabilities: first the mean of the heads, then each head.
+        title: first line.
+        note: second line.
     """
     rows, columns = len(images), 1 + attention.shape[1]
     width, height = _PANEL * columns, _TOP + _HEAD + _PANEL * rows

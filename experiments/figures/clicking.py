@@ -1,4 +1,4 @@
-"""A point of an image, by a click in a window."""
+"""The choice of a point in an image by a click in a window."""
 
 import numpy as np
 from jaxtyping import UInt8
@@ -11,7 +11,7 @@ Pixels = UInt8[np.ndarray, "height width 3"]
 
 
 def clicked_point(pixels: Pixels, title: str) -> tuple[int, int]:
-    """Shows the image in a window until it is clicked on; returns x and y of that pixel.
+    """Opens the image in a window and waits for a click on it; returns x and y of the pixel.
 
     Raises:
         UserError: no window can be opened, or it was closed without a click.
@@ -19,14 +19,14 @@ def clicked_point(pixels: Pixels, title: str) -> tuple[int, int]:
     figure = pyplot.figure(title, layout="constrained")
     try:
         if figure.canvas.required_interactive_framework is None:
-            raise UserError("--click needs a display, and there is none; give the point as --point X Y")
+            raise UserError("--click needs a display, but there is none; give the point as --point X Y")
         return await_click(figure, pixels, title)
     finally:
         pyplot.close(figure)
 
 
 def await_click(figure: Figure, pixels: Pixels, title: str) -> tuple[int, int]:
-    """The same in a figure that is there already.
+    """Shows the image in an open figure and waits for a click on it; returns x and y of the pixel.
 
     Raises:
         UserError: the figure was closed without a click.

@@ -1,4 +1,4 @@
-"""Learning curves, and example images with what a classifier makes of them."""
+"""Learning curves, and example images with the predictions of a classifier."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,11 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from experiments.figures.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, save_figure, shorten, style
+from experiments.figures.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, interpolation, save_figure, shorten, style
 
 _COLUMNS = 8
 _COLUMN, _ROW, _HEADING, _TITLE = 1.6, 2.0, 0.36, 0.45  # inches
-_NEAREST_BELOW = 96  # px: smaller images are shown as their pixels, larger ones smoothly
 
 
 def save_curves(
@@ -25,14 +24,14 @@ def save_curves(
     heldout_name: str,
     title: str,
 ) -> None:
-    """Loss and accuracy by epoch on the images learnt from and those that choose the epoch.
+    """Draws loss and accuracy by epoch on the training images and on those that select the epoch.
 
     Args:
-        path: of the PNG.
-        train: "loss" (nats) and "accuracy" (fraction) after each epoch.
-        heldout: likewise.
-        best_epoch: index of the epoch that was kept.
-        heldout_name: which images chose it, such as "held-out training images".
+        path: PNG file to write.
+        train: "loss" (nats) and "accuracy" (fraction) on the training images after each epoch.
+        heldout: the same on the images that select the epoch.
+        best_epoch: index of the selected epoch.
+        heldout_name: label of the images that select the epoch, such as "held-out training images".
         title: one line.
     """
     figure = Figure(figsize=(9.5, 4), layout="constrained", facecolor="white")
@@ -44,7 +43,7 @@ def save_curves(
         marker = "o" if len(epochs) <= 30 else None
         axes.plot(epochs, factor * train[name], color=BLUE, marker=marker, ms=4, label="training images")
         axes.plot(epochs, factor * heldout[name], color=ORANGE, marker=marker, ms=4, label=heldout_name)
-        axes.axvline(best_epoch + 1, color=MUTED, lw=1, ls=":", label=f"kept: epoch {best_epoch + 1}")
+        axes.axvline(best_epoch + 1, color=MUTED, lw=1, ls=":", label=f"selected: epoch {best_epoch + 1}")
         style(axes, "epoch", label)
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[0].legend(frameon=False, fontsize=9, labelcolor=INK)
@@ -62,19 +61,19 @@ def save_predictions(
     *,
     title: str,
 ) -> None:
-    """Example images with what the classifier makes of them: the right ones first, then the wrong ones.
+    """Draws example images with their predictions: first the correct ones, then the wrong ones.
 
     Args:
-        path: of the PNG.
-        images: any sizes, as they are read.
+        path: PNG file to write.
+        images: RGB, of any sizes.
         labels: true classes.
-        predicted: classes.
-        probabilities: of the predicted classes; not a number where there is none.
+        predicted: predicted classes.
+        probabilities: of the predicted classes; NaN if there is none.
         class_names: by class index.
         title: one line.
     """
     groups = [
-        ("right", GREEN, np.flatnonzero(predicted == labels)),
+        ("correct", GREEN, np.flatnonzero(predicted == labels)),
         ("wrong", RED, np.flatnonzero(predicted != labels)),
     ]
     groups = [group for group in groups if len(group[2])]
@@ -91,7 +90,7 @@ def save_predictions(
         for position, i in enumerate(indices):
             row, column = divmod(position, _COLUMNS)
             axes = _inches(figure, column * _COLUMN, top - _HEADING - row * _ROW)
-            truth = "" if word == "right" else f"truth: {shorten(class_names[labels[i]], 15)}"
+            truth = "" if word == "correct" else f"truth: {shorten(class_names[labels[i]], 15)}"
             percent = "" if np.isnan(probabilities[i]) else f"{100 * probabilities[i]:.0f} %"
             _draw_example(axes, images[i], color, shorten(class_names[predicted[i]], 17), percent, truth)
         top -= height
@@ -99,7 +98,7 @@ def save_predictions(
 
 
 def _inches(figure: Figure, left: float, top: float) -> Axes:
-    """Square axes in a cell whose upper left corner is given in inches from the lower left of the figure."""
+    """Square axes in the cell whose upper left corner is `left` and `top` inches from the lower left of the figure."""
     width, height = figure.get_size_inches()
     margin, side = 0.08, _COLUMN - 0.16
     axes = figure.add_axes(((left + margin) / width, (top - side) / height, side / width, side / height))
@@ -107,16 +106,16 @@ def _inches(figure: Figure, left: float, top: float) -> Axes:
     return axes
 
 
-def _draw_example(axes: Axes, pixels: np.ndarray, color: str, said: str, percent: str, truth: str) -> None:
-    """The centre square, framed, the probability in its corner, the prediction below and then the truth."""
+def _draw_example(axes: Axes, pixels: np.ndarray, color: str, predicted: str, percent: str, truth: str) -> None:
+    """Draws the framed centre square, the probability in its corner, and the prediction and the truth below it."""
     side = min(pixels.shape[:2])
     top, left = ((length - side) // 2 for length in pixels.shape[:2])
     square = pixels[top : top + side, left : left + side]
-    axes.imshow(square, interpolation="nearest" if side < _NEAREST_BELOW else "antialiased")
+    axes.imshow(square, interpolation=interpolation(square))
     axes.add_patch(Rectangle((-0.5, -0.5), side, side, fill=False, ec=color, lw=2.5))
     place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
     badge = {"boxstyle": "square,pad=0.25", "fc": color, "ec": color}
     if percent:
         axes.annotate(percent, (1, 1), (-3, -3), **place, ha="right", fontsize=7.5, color="white", bbox=badge)
-    axes.annotate(said, (0.5, 0), (0, -5), **place, ha="center", fontsize=9.5, color=color, fontweight="bold")
+    axes.annotate(predicted, (0.5, 0), (0, -5), **place, ha="center", fontsize=9.5, color=color, fontweight="bold")
     axes.annotate(truth, (0.5, 0), (0, -19), **place, ha="center", fontsize=8.5, color=MUTED)

@@ -1,4 +1,4 @@
-"""Figures of what a model sees in images: attention of every head, masks from it, patch PCA, patch similarity."""
+"""Figures of what a model sees in images: the attention of every head, its masks, patch PCA and patch similarity."""
 
 import dataclasses
 import itertools
@@ -16,14 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from dinojax.maps import PcaMap, upsample
-from experiments.figures.style import INK, MUTED, save_figure, shorten
+from experiments.figures.style import INK, MUTED, interpolation, save_figure, shorten
 
 _HEAT = "magma"
-_FEW = 4  # images: their panels are larger
-_NEAREST_BELOW = 96  # px: smaller images are shown as their pixels
+_FEW = 4  # images whose panels are drawn larger
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 # In inches.
-_SMALL, _MEDIUM, _LARGE = 1.55, 2.3, 4.4  # a panel has the area of a square of this side
+_SMALL, _MEDIUM, _LARGE = 1.55, 2.3, 4.4  # sides of squares that have the area of a panel
 _NARROWEST, _WIDEST, _LOWEST, _HIGHEST = 1.6, 12.0, 0.5, 8.0
 _MOST_WIDTH, _LEAST_WIDTH = 14.2, 7.0
 _GAP, _LABEL, _HEADING, _TITLE, _BAR, _TICKS = 0.14, 0.26, 0.3, 0.62, 0.7, 0.45
@@ -38,16 +37,16 @@ def save_attention(
     title: str,
     note: str,
 ) -> None:
-    """The image beside the attention of the class token: the mean of the heads, then every head.
+    """Draws the image and the attention of the class token: the mean of the heads, then every head.
 
-    Each panel's colours reach from 0 to its own maximum, which stands above it.
+    The colours of a panel range from 0 to its own maximum, which is written above it.
 
     Args:
-        path: of the PNG.
-        pixels: of the image.
-        attention: probabilities; of the mean first, then of each head.
-        title: the first line.
-        note: the second line.
+        path: PNG file to write.
+        pixels: RGB.
+        attention: attention probabilities: first the mean of the heads, then each head.
+        title: first line.
+        note: second line.
     """
     sheet = _sheet({"": 1 + len(attention)}, pixels.shape[1] / pixels.shape[0], title, note, bottom=_BAR)
     _show(next(sheet.axes), pixels, "image")
@@ -68,14 +67,14 @@ def save_masks(
     title: str,
     note: str,
 ) -> None:
-    """Masks laid over the image, each kind under its heading: of the mean of the heads, then of every head.
+    """Draws masks over the image, each kind under its heading: the mean of the heads, then every head.
 
     Args:
-        path: of the PNG.
-        pixels: of the image.
-        masks: by heading; of the mean first, then of each head.
-        title: the first line.
-        note: the second line.
+        path: PNG file to write.
+        pixels: RGB.
+        masks: heading → masks: first that of the mean of the heads, then that of each head.
+        title: first line.
+        note: second line.
     """
     counts = {heading: 1 + len(kind) for heading, kind in masks.items()}
     sheet = _sheet(counts, pixels.shape[1] / pixels.shape[0], title, note)
@@ -99,15 +98,15 @@ def save_pca(
     title: str,
     note: str,
 ) -> None:
-    """Images, each beside the colours of its patches; what is no foreground is black.
+    """Draws images, each beside the colours of its patches; the background is black.
 
     Args:
-        path: of the PNG.
-        images: of any sizes.
-        maps: of each image.
-        image_names: what is written above each.
-        title: the first line.
-        note: the second line.
+        path: PNG file to write.
+        images: RGB, of any sizes.
+        maps: one of each image.
+        image_names: names to write above the images.
+        title: first line.
+        note: second line.
     """
     aspect = float(np.median([pixels.shape[1] / pixels.shape[0] for pixels in images]))
     side = _MEDIUM if len(images) <= _FEW else _SMALL
@@ -131,15 +130,15 @@ def save_similarity(
     title: str,
     note: str,
 ) -> None:
-    """The image with its pixels numbered along the edges, beside the similarity of its patches to the marked one.
+    """Draws the image, its pixels numbered along the edges, beside the similarity of its patches to one of them.
 
     Args:
-        path: of the PNG.
-        pixels: of the image.
-        similarity: cosines.
-        point: x and y in pixels; its patch is outlined.
-        title: the first line.
-        note: the second line.
+        path: PNG file to write.
+        pixels: RGB.
+        similarity: cosine similarities.
+        point: x and y of a pixel in the patch that others are compared with, which is outlined.
+        title: first line.
+        note: second line.
     """
     aspect, patch = pixels.shape[1] / pixels.shape[0], pixels.shape[0] // similarity.shape[0]
     sheet = _sheet({"": 2}, aspect, title, note, bottom=_BAR - 0.15, side=_LARGE, ticks=_TICKS)
@@ -149,7 +148,7 @@ def save_similarity(
     picture.tick_params(colors=MUTED, labelsize=8)
     for spine in picture.spines.values():
         spine.set_visible(False)
-    _show(heat, pixels, "similarity", right=f"least {similarity.min():.2f}")
+    _show(heat, pixels, "similarity", right=f"min {similarity.min():.2f}")
     norm = Normalize(min(float(similarity.min()), 0.999), 1)
     _heat(heat, pixels.shape, similarity, norm.vmin, norm.vmax)
     corner = tuple(place // patch * patch - 0.5 for place in point)
@@ -163,7 +162,7 @@ def save_similarity(
 
 @dataclasses.dataclass(frozen=True)
 class _Sheet:
-    """A figure and its panels, in the order they are filled."""
+    """A figure and its panels, in the order in which they are filled."""
 
     figure: Figure
     axes: Iterator[Axes]
@@ -180,10 +179,17 @@ def _sheet(
     bottom: float = 0.0,
     ticks: float = 0.0,
 ) -> _Sheet:
-    """Panels in rows, so many under each heading, placed in inches so that nothing overlaps.
+    """Empty panels in rows under headings, placed in inches so that nothing overlaps.
 
-    The images' `aspect` is width over height. A row holds whole groups; `bottom` is left free for a colour bar, `ticks`
-    left of and below each panel.
+    Args:
+        counts: heading → number of panels.
+        aspect: width of the images over their height.
+        title: first line.
+        note: second line.
+        side: of a square that has the area of a panel.
+        group: number of panels that stay in one row.
+        bottom: space for a colour bar.
+        ticks: space to the left of each panel and below it.
     """
     width = min(max(side * math.sqrt(aspect), _NARROWEST), _WIDEST)
     height = min(max(side / math.sqrt(aspect), _LOWEST), _HIGHEST)
@@ -213,7 +219,7 @@ def _sheet(
 
 
 def _labels(count: int) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """Names and colours of the mean and the heads; neighbouring heads are apart in hue and brightness."""
+    """Names and colours of the mean and of the heads; neighbouring heads differ in hue and brightness."""
     yield "mean", to_rgb(INK)
     for head in range(count - 1):
         rgb = hsv_to_rgb((head / (count - 1), 0.85, 1))
@@ -222,8 +228,8 @@ def _labels(count: int) -> Iterator[tuple[str, tuple[float, ...]]]:
 
 
 def _show(axes: Axes, pixels: np.ndarray, left: str, color: str | tuple[float, ...] = INK, right: str = "") -> None:
-    """The image at its own aspect in the upper left of its cell; above, what it is, and a number on the right."""
-    axes.imshow(pixels, interpolation="nearest" if min(pixels.shape[:2]) < _NEAREST_BELOW else "antialiased")
+    """Draws the image at its own aspect in the upper left of its cell, with a text above it on either side."""
+    axes.imshow(pixels, interpolation=interpolation(pixels))
     axes.set_axis_off()
     axes.set_anchor("NW")
     cell = axes.get_position(original=True)
@@ -241,14 +247,14 @@ def _heat(axes: Axes, shape: Sequence[int], values: np.ndarray, least: float, la
 
 
 def _painted(pixels: np.ndarray, inside: np.ndarray, color: tuple[float, ...]) -> np.ndarray:
-    """The image tinted inside the mask, pale and grey outside."""
+    """The image, tinted inside the mask, pale and grey outside it."""
     grey = pixels.mean(axis=-1, keepdims=True)
     tinted = 0.8 * pixels + 0.2 * 255 * np.array(color)
     return np.where(inside[..., None], tinted, 0.3 * grey + 0.7 * 245).astype(np.uint8)
 
 
 def _bar(figure: Figure, norm: Normalize, label: str) -> None:
-    """A colour bar in the lower left corner, what it is above it."""
+    """Draws a colour bar in the lower left corner, with a label above it."""
     width, height = figure.get_size_inches()
     axes = figure.add_axes(((_GAP + 0.1) / width, 0.32 / height, 3.2 / width, 0.12 / height))
     bar = figure.colorbar(ScalarMappable(norm, colormaps[_HEAT]), cax=axes, orientation="horizontal")

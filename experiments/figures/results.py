@@ -1,4 +1,4 @@
-"""Figures of what the classifiers made of the images: metric bars, confusion matrix, grids of settings, feature map."""
+"""Figures of the results of classifiers: metrics, confusion matrix, grids of settings, feature map, predictions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,24 +11,35 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from experiments.figures.style import BLUE, GREEN, GRID, INK, MUTED, ORANGE, RED, save_figure, shorten, style
+from experiments.figures.style import (
+    BLUE,
+    GREEN,
+    GRID,
+    INK,
+    MUTED,
+    ORANGE,
+    RED,
+    interpolation,
+    save_figure,
+    shorten,
+    style,
+)
 
 _BARS = {"accuracy": "accuracy", "weighted_precision": "precision", "weighted_recall": "recall", "weighted_f1": "F1"}
-_MOST_LABELLED, _MOST_NUMBERED = 30, 12  # classes whose names, and whose counts, still fit a confusion matrix
+_MOST_LABELLED, _MOST_NUMBERED = 30, 12  # classes whose names, and whose percentages, fit a confusion matrix
 _MOST_COLOURS = 20
-_NEAREST_BELOW = 96  # px: smaller images are shown as their pixels
 _LINES = (BLUE, ORANGE, GREEN, RED)
 
 
 def save_bars(path: Path, metrics: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], *, title: str) -> None:
-    """Accuracy, weighted precision, recall and F1 of every classifier on test (with intervals) and training images.
+    """Draws accuracy, weighted precision, recall and F1 of every classifier on test and training images.
 
-    The test accuracy is also written below.
+    The test metrics have confidence intervals, and the test accuracy is written below the bars.
 
     Args:
-        path: of the PNG.
-        metrics: "train" and "test" as `metrics.evaluate` gives them, by classifier.
-        titles: of the classifiers.
+        path: PNG file to write.
+        metrics: classifier → "train" and "test" → metrics as `compute_metrics` returns them.
+        titles: classifier → its title.
         title: one line.
     """
     names = list(metrics)
@@ -39,11 +50,11 @@ def save_bars(path: Path, metrics: Mapping[str, Mapping[str, Any]], titles: Mapp
         x = np.arange(len(names)) + (place - 1.5) * (width + 0.02)
         test, train = ([100 * metrics[name][part][key] for name in names] for part in ("test", "train"))
         ends = 100 * np.array([metrics[name]["test"]["interval"][key] for name in names]).T
-        # A percentile interval may lie beside the value; the bar still ends at the value.
+        # A percentile interval need not contain the value; the error bar then ends at the value.
         errors = np.maximum([test - ends[0], ends[1] - test], 0)
         axes.bar(x, test, width, color=colors[place], label=f"{label}, test")
         axes.errorbar(x, test, errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
-        axes.plot(x, train, "_", color=ORANGE, ms=9, mew=2, label="the same, train" if place == 0 else None)
+        axes.plot(x, train, "_", color=ORANGE, ms=9, mew=2, label="the same metric, train" if place == 0 else None)
     style(axes, "", "%")
     axes.grid(visible=False, axis="x")
     shown = [f"{_wrapped(titles[name])}\n{100 * metrics[name]['test']['accuracy']:.1f} %" for name in names]
@@ -58,13 +69,16 @@ def save_bars(path: Path, metrics: Mapping[str, Mapping[str, Any]], titles: Mapp
 def save_confusion(
     path: Path, confusion: Int[np.ndarray, "classes classes"], class_names: Sequence[str], *, title: str
 ) -> None:
-    """Share of each true class (row) by predicted class; names up to 30 classes, percentages up to 12."""
+    """Draws the share of each true class (row) by predicted class (column).
+
+    Class names are shown for up to 30 classes, percentages for up to 12.
+    """
     classes = len(class_names)
     shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     side = min(9.0, max(5.4, 3.0 + 0.42 * classes))
     figure = Figure(figsize=(side + 0.9, side), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    # The root keeps rare mistakes visible beside the diagonal.
+    # The square root keeps rare mistakes visible beside the diagonal.
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8, ticks=(0, 1, 5, 10, 25, 50, 75, 100))
     bar.outline.set_visible(False)
@@ -100,22 +114,22 @@ def save_grid(
     ylabel: str,
     title: str,
 ) -> None:
-    """Accuracy over a logarithmic grid of settings, one line for each variant, and the one that was chosen.
+    """Draws accuracy over a logarithmic grid of settings, with a line for each variant, and the selected setting.
 
     Args:
-        path: of the PNG.
-        x: the settings.
-        lines: accuracy (fraction) at each of them.
-        chosen: setting and accuracy.
-        xlabel: of the settings.
-        ylabel: of the accuracy.
+        path: PNG file to write.
+        x: values of the setting.
+        lines: variant → accuracy (fraction) at each value.
+        chosen: value and accuracy of the selected setting.
+        xlabel: label of the setting.
+        ylabel: label of the accuracy.
         title: one line.
     """
     figure = Figure(figsize=(7, 4.4), layout="constrained", facecolor="white")
     axes = figure.subplots()
     for color, (label, accuracies) in zip(_LINES, lines.items()):
         axes.plot(x, 100 * np.asarray(accuracies), color=color, marker="o", ms=4, label=label)
-    axes.plot(chosen[0], 100 * chosen[1], "o", ms=12, mfc="none", mec=INK, mew=1.5, label="chosen")
+    axes.plot(chosen[0], 100 * chosen[1], "o", ms=12, mfc="none", mec=INK, mew=1.5, label="selected")
     style(axes, xlabel, ylabel)
     axes.set_xscale("log")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
@@ -132,14 +146,14 @@ def save_map(
     axis_labels: tuple[str, str],
     title: str,
 ) -> None:
-    """The images as points coloured by class, with a legend up to 20 classes.
+    """Draws images as points in the colours of their classes, with a legend for up to 20 classes.
 
     Args:
-        path: of the PNG.
-        points: places in the plane.
+        path: PNG file to write.
+        points: coordinates in the plane.
         labels: true classes.
         class_names: by class index.
-        axis_labels: of both axes.
+        axis_labels: labels of both axes.
         title: one line.
     """
     few = len(class_names) <= _MOST_COLOURS
@@ -162,48 +176,48 @@ def save_map(
     save_figure(figure, path)
 
 
-def save_answers(
+def save_classified(
     path: Path,
     images: Sequence[UInt8[np.ndarray, "_h _w 3"]],
     image_names: Sequence[str],
-    answers: Sequence[Sequence[tuple[str, str, float]]],
+    predictions: Sequence[Sequence[tuple[str, str, float]]],
     *,
     title: str,
 ) -> None:
-    """Images with what each classifier says of them, its probability as a bar.
+    """Draws images with the prediction of each classifier, and its probability as a bar.
 
     Args:
-        path: of the PNG.
-        images: any sizes.
-        image_names: what is written above each.
-        answers: of each image: classifier, class, and probability or not a number.
+        path: PNG file to write.
+        images: RGB, of any sizes.
+        image_names: names to write above the images.
+        predictions: for each image, classifier, class and probability (NaN if there is none).
         title: one line.
     """
     columns = min(2, len(images))
     rows = -(-len(images) // columns)
-    height = max(2.1, 0.5 + 0.3 * len(answers[0]))
+    height = max(2.1, 0.5 + 0.3 * len(predictions[0]))
     figure = Figure(figsize=(6.4 * columns, 0.5 + height * rows), layout="constrained", facecolor="white")
     panels = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=(1, 1.9) * columns).reshape(-1, 2)
     for picture, bars in panels[len(images) :]:
         picture.set_axis_off()
         bars.set_axis_off()
-    for (picture, bars), pixels, name, given in zip(panels, images, image_names, answers):
-        picture.imshow(pixels, interpolation="nearest" if max(pixels.shape) < _NEAREST_BELOW else "antialiased")
+    for (picture, bars), pixels, name, given in zip(panels, images, image_names, predictions):
+        picture.imshow(pixels, interpolation=interpolation(pixels))
         picture.set_axis_off()
         picture.set_title(shorten(name, 26), fontsize=9, color=INK)
-        _draw_answers(bars, given)
+        _draw_predictions(bars, given)
     figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
     save_figure(figure, path)
 
 
-def _draw_answers(axes: Axes, given: Sequence[tuple[str, str, float]]) -> None:
-    """A line for each classifier; classes on which they agree have one colour."""
-    colors = dict(zip(dict.fromkeys(said for _, said, _ in given), (BLUE, ORANGE, GREEN, RED, *[MUTED] * len(given))))
-    for row, (_, said, probability) in enumerate(given):
+def _draw_predictions(axes: Axes, given: Sequence[tuple[str, str, float]]) -> None:
+    """Draws a line for each classifier; equal classes have the same colour."""
+    colors = dict(zip(dict.fromkeys(name for _, name, _ in given), (BLUE, ORANGE, GREEN, RED, *[MUTED] * len(given))))
+    for row, (_, name, probability) in enumerate(given):
         axes.barh(row, 1, 0.78, color=GRID)
-        axes.barh(row, np.nan_to_num(probability), 0.78, color=colors[said], alpha=0.55)
+        axes.barh(row, np.nan_to_num(probability), 0.78, color=colors[name], alpha=0.55)
         percent = "" if np.isnan(probability) else f"{100 * probability:.0f} %"
-        axes.text(0.02, row, shorten(said, 22), va="center", fontsize=9, color=INK)
+        axes.text(0.02, row, shorten(name, 22), va="center", fontsize=9, color=INK)
         axes.text(0.98, row, percent, va="center", ha="right", fontsize=9, color=INK)
     axes.set_yticks(range(len(given)), [title for title, *_ in given])
     axes.tick_params(length=0, labelcolor=INK, labelsize=8)

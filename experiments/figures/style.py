@@ -1,7 +1,9 @@
-"""Learning curves and example images, and the look that all figures share; without global state or a display."""
+"""The style of all figures. Matplotlib's global state is not used, and no display is needed."""
 
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -9,18 +11,21 @@ from matplotlib.figure import Figure
 INK, MUTED, GRID = "#22262b", "#6b7480", "#e4e7eb"
 BLUE, ORANGE, GREEN, RED = "#2f6db5", "#d9782d", "#2a8a57", "#c43c39"
 _DPI = 150
-_COLUMNS = 8
-_COLUMN, _ROW, _HEADING, _TITLE = 1.6, 2.0, 0.36, 0.45  # inches
-_NEAREST_BELOW = 96  # px: smaller images are shown as their pixels, larger ones smoothly
+_SMALL = 96  # px
 
 
 def shorten(name: str, letters: int) -> str:
-    """`name`, cut to so many letters with an ellipsis."""
+    """`name`, or its beginning with an ellipsis: at most `letters` letters."""
     return name if len(name) <= letters else name[: letters - 1] + "…"
 
 
+def interpolation(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
+    """Matplotlib's name of how an image is enlarged: a small one pixel by pixel, a large one smoothly."""
+    return "nearest" if min(pixels.shape[:2]) < _SMALL else "antialiased"
+
+
 def style(axes: Axes, xlabel: str, ylabel: str) -> None:
-    """Two spines, a light grid behind the data, labels in ink."""
+    """Labels the axes and leaves two spines, with a light grid behind the data."""
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
     axes.grid(color=GRID, lw=0.8)
@@ -32,6 +37,6 @@ def style(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes the PNG."""
+    """Writes a PNG file."""
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=_DPI)

@@ -1,7 +1,6 @@
 """Images from anywhere: the stored predictions come back, and what cannot be classified is one sentence."""
 
 import csv
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from dinojax import UserError, VisionTransformer, ViTConfig
 from experiments import cifar10_probe, predict
 from experiments.data.digits import load_digits
 from experiments.features.extractor import FeatureExtractor
-from experiments.runs.settings import create
+from experiments.runs.settings import create, flat
 
 REPOSITORY = Path(__file__).parents[2]
 NAMES = ("knn", "knn5", "linear", "sweep", "mlp", "svc")  # every kind of head
@@ -37,8 +36,9 @@ def place(tmp_path_factory):
             Image.fromarray(split.read(i)).save(folder / f"{i}.png")
     dinojax.save(VisionTransformer(TINY, rngs=nnx.Rngs(0)), place / "weights")
     cifar10_probe.run(
-        cifar10_probe.Config(
-            data=str(place / "data"), weights=str(place / "weights"), classifiers=",".join(NAMES), image_size=16,
+        create(
+            cifar10_probe.Config, data=str(place / "data"), weights=str(place / "weights"),
+            classifiers=",".join(NAMES), image_size=16,
             epochs=2, mlp_epochs=2, sweep_steps=20, figures=False, out=place / "run", cache_dir=place / "cache",
         )
     )  # fmt: skip
@@ -169,7 +169,7 @@ def test_the_index_says_how_to_make_the_features(place):
     assert index["normalisation"] == imagenet
     assert index["weights"] == str((place / "weights").resolve())
     assert index["class_names"] == [f"digit {i}" for i in range(10)]
-    assert dataclasses.asdict(cifar10_probe.Config()).keys() >= {"image_size", "dtype"} <= index.keys()
+    assert flat(cifar10_probe.Config()).keys() >= {"image_size", "dtype"} <= index.keys()
 
 
 def test_help_teaches_and_loads_nothing_heavy():
