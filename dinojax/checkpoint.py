@@ -33,7 +33,7 @@ _RENAMED = ((f"{_FROZEN}count", f"{_FROZEN}step"), (f"{_FROZEN}inner.", f"{_FROZ
 
 
 class Restored(NamedTuple):
-    """A checkpoint read back, and one sentence for every damaged one that was passed over for it."""
+    """A checkpoint that was read, and one sentence for every damaged checkpoint that was skipped."""
 
     step: int
     state: PyTree
@@ -42,14 +42,17 @@ class Restored(NamedTuple):
 
 
 class TrainingCheckpoints(contextlib.AbstractContextManager):
-    """The checkpoints of one training, written in the background, whole or not at all, and verified when read.
+    """The checkpoints of one training: written in the background, whole or not at all, and verified when read.
 
-    To be used as a context manager, which waits for the last write. One process writes; any may read.
+    Use it as a context manager, which waits for the last write. One process may write, any number may read.
 
     Args:
-        folder: theirs alone; made by the first `save`.
-        keep_newest: how many of the newest are kept.
-        keep_best: how many of those with the highest score are kept besides.
+        folder: used for nothing else; the first `save` creates it.
+        keep_newest: number of newest checkpoints to keep.
+        keep_best: number of checkpoints with the highest score to keep as well.
+
+    Raises:
+        UserError: `keep_newest` is below 1, or `keep_best` below 0.
     """
 
     def __init__(self, folder: str | Path, *, keep_newest: int = 3, keep_best: int = 1):
@@ -67,24 +70,26 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
 
     @property
     def steps(self) -> list[int]:
-        """The steps on disk, ascending, damaged ones included."""
+        """The steps on disk in ascending order, including damaged ones."""
         names = [path.name.removeprefix(_STEP) for path in self._folder.glob(f"{_STEP}*")]
         return sorted(step for step in {int(name) for name in names if name.isdecimal()} if self._path(step).is_dir())
 
     def save(self, step: int, state: PyTree, *, record: Mapping[str, object], score: float | None = None) -> None:
-        """Copies the state off the device, and writes it in the background.
+        """Copies the state to the host, and writes it in the background.
 
-        The state may be donated or changed as soon as this returns. The step that was saved or restored last is not
-        written again, so that a save on leaving may come at any time.
+        The state may be donated or changed as soon as this returns. Nothing is written if `step` is the one that was
+        saved or restored last, so it is always safe to save before leaving.
 
         Args:
             step: larger than every step saved before.
-            state: any pytree of arrays, typed keys included; none may be empty.
-            record: JSON values to be kept beside, such as the settings and the position in the data.
-            score: higher is better; None or not finite for none.
+            state: any pytree of non-empty arrays; typed keys are allowed.
+            record: JSON values to store with the state, such as the settings and the position in the data.
+            score: higher is better; None or a number that is not finite means no score.
 
         Raises:
-            UserError: no room, a failed write (of this checkpoint or of the one before), or another run's folder.
+            TypeError: a leaf that is not an array, or is empty.
+            UserError: the disk is full, a write failed (this one or the one before), or the folder belongs to another
+                run.
         """
         self.wait()
         if step == self._current:
@@ -108,10 +113,10 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
         self._pending = self._thread.submit(self._write, step, arrays, manifest)
 
     def wait(self) -> None:
-        """Returns when the last `save` is on disk.
+        """Waits until the last `save` is on disk.
 
         Raises:
-            UserError: it could not be written.
+            UserError: the checkpoint could not be written.
         """
         if self._pending is None:
             return
@@ -120,22 +125,22 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
         pending.result()
 
     def close(self) -> None:
-        """Waits, like `wait`, and ends the background thread."""
+        """Waits as `wait` does, and ends the background thread."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
 
     def restore(self, like: PyTree) -> Restored | None:
-        """The newest sound checkpoint, or None where there is none at all.
+        """The newest undamaged checkpoint, or None if the folder holds no checkpoint.
 
-        Every byte is compared with the hash of what was saved; damaged checkpoints are passed over.
+        Every array is compared with its hash; damaged checkpoints are skipped.
 
         Args:
-            like: a real or abstract state that gives structure, shapes, dtypes, and shardings where it has them.
+            like: a real or abstract state with the expected structure, shapes and dtypes, and optionally shardings.
 
         Raises:
-            UserError: a checkpoint of another architecture or optimiser, or none that is sound.
+            UserError: the checkpoint is of another architecture or optimiser, or every checkpoint is damaged.
         """
         self.wait()
         restored = self._first_sound(reversed(self.steps), like)
@@ -145,7 +150,7 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
         return restored
 
     def restore_best(self, like: PyTree) -> Restored | None:
-        """The sound checkpoint with the highest score, the newest among equals; otherwise as `restore`."""
+        """The undamaged checkpoint with the highest score, or the newest of several; otherwise like `restore`."""
         self.wait()
         scores = self._scores()
         return self._first_sound(sorted(scores, key=lambda step: (scores[step], step), reverse=True), like)
@@ -167,7 +172,7 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
         if skipped:
             raise UserError(
                 f"{self._folder} holds no sound checkpoint ({'; '.join(skipped)}); "
-                "remove the folder to start anew or name another"
+                "remove the folder to start again or name another"
             )
         return None
 
@@ -223,7 +228,7 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
             return dict(zip(manifest["leaves"], pool.map(verified, manifest["leaves"])))
 
     def _scores(self) -> dict[int, float]:
-        """The steps that have a score; ∞ where the manifest is damaged, so that it is looked at, and reported."""
+        """Step → score, where it has one; ∞ for a damaged manifest, so that `restore_best` reads and reports it."""
         scores = {}
         for step in self.steps:
             try:
@@ -233,7 +238,7 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
         return {step: score for step, score in scores.items() if score is not None}
 
     def _make_room(self, size: int) -> None:
-        """Makes the folder and clears it of what a killed process left; a full disk is named before it is tried."""
+        """Creates the folder, removes what a killed process left there, and refuses a disk that is too full."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._remove_unfinished()
@@ -244,11 +249,11 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
         if free < needed:
             raise UserError(
                 f"a checkpoint needs {needed / 1e6:.0f} MB, and {self._folder} has {free / 1e6:.0f} MB left; "
-                "make room, and the same command goes on from the last checkpoint"
+                "make room, and the same command resumes from the last checkpoint"
             )
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> None:
-        """Hashes what is in memory, not what came to the disk; then one atomic Orbax checkpoint."""
+        """Writes one atomic Orbax checkpoint; the hashes are of the arrays in memory, not of what reached the disk."""
         import orbax.checkpoint as ocp
 
         for name, array in arrays.items():
@@ -278,7 +283,7 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
         scored = [step for step in sound if scores.get(step, math.inf) < math.inf]
         best = sorted(scored, key=lambda step: (scores[step], step), reverse=True)[: self._keep_best]
         for step in set(steps) - {*sound[-self._keep_newest :], *best}:
-            # Renamed first: one that is half removed is no checkpoint.
+            # Renamed first, so that a folder that is half removed is not taken for a checkpoint.
             shutil.rmtree(self._path(step).rename(self._folder / f"{_STEP}{step}.removed{_UNFINISHED}"))
         self._damaged.clear()
 
@@ -288,7 +293,7 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
 
 
 class _DamagedError(Exception):
-    """What is wrong with a checkpoint, as the end of a sentence."""
+    """Says what is wrong with a checkpoint; the message ends a sentence."""
 
 
 def _current_name(name: str) -> str:
@@ -296,7 +301,7 @@ def _current_name(name: str) -> str:
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves under their dotted paths, in the order of the tree."""
+    """Dotted path → leaf, in the order of the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(named) < len(leaves):
@@ -317,14 +322,14 @@ def _description(leaf: jax.Array | np.ndarray) -> dict[str, Any]:
 
 
 def _on_host(leaves: Mapping[str, jax.Array | np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays that nothing changes any more: where JAX gives a view (on the CPU), it no longer donates the buffer."""
+    """Copies that nothing changes later. On a CPU JAX may give a view, but then it no longer donates the buffer."""
     data = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in leaves.items()}
     host = jax.device_get(data)
     return {name: host[name] if isinstance(leaf, jax.Array) else np.array(leaf) for name, leaf in data.items()}
 
 
 def _placed(array: np.ndarray, description: Mapping[str, Any], like: Any) -> jax.Array:
-    """The leaf on the devices of `like`; on the default one where it is bound to none."""
+    """The leaf on the devices of `like`, or on the default device if `like` is not bound to any."""
     leaf = jax.random.wrap_key_data(array, impl=description["key"]) if "key" in description else array
     bound = getattr(like, "committed", True)
     placed = jax.device_put(leaf, getattr(like, "sharding", None) if bound else None)

@@ -1,7 +1,8 @@
-"""Supervised fine-tuning: a backbone with a linear head, what of it trains, the optimisers and the step.
+"""Supervised fine-tuning of a backbone with a linear head: trainable parameters, optimisers, training step.
 
-The modes: "linear" trains the head alone, "finetune" everything at one rate, "llrd" everything at rates that fall with
-the distance from the head, "lora" low-rank factors of the attention's projections and the head.
+The modes: "linear" trains the head alone; "finetune" trains everything at one learning rate; "llrd" trains everything
+at rates that fall with the distance from the head; "lora" trains the head and low-rank factors of the projections in
+attention.
 
 Source: `torch.optim.SGD`, `torch.optim.AdamW`, `torch.nn.CrossEntropyLoss`, `torch.nn.utils.clip_grad_norm_`; layers as
 facebookresearch/dinov2 05c66df `get_vit_lr_decay_rate` counts them; LoRA (arXiv 2106.09685).
@@ -38,7 +39,13 @@ DropPathKey = Key[Array, ""] | None
 
 
 class ImageClassifier(Module):
-    """A backbone and a linear layer on its class token, for images as the backbone takes them."""
+    """A backbone and a linear layer on its class token.
+
+    Args:
+        backbone: any size.
+        classes: number of classes.
+        rngs: draws the initial weights of the linear layer.
+    """
 
     def __init__(self, backbone: VisionTransformer, classes: int, *, rngs: nnx.Rngs):
         dim, dtype = backbone.config.embed_dim, backbone.cls_token.dtype
@@ -48,26 +55,32 @@ class ImageClassifier(Module):
         self.head.bias = nnx.Param(jnp.zeros(classes, dtype))
 
     def __call__(self, images: Images, *, key: DropPathKey = None, remat: bool = False) -> Logits:
-        """Class scores before the softmax; `key` draws drop path, None is inference."""
+        """Class scores before the softmax; `key` draws drop path, None leaves it out."""
         return self.head(self.backbone(images, key=key, remat=remat).cls_token)
 
 
 def split_parameters(
     model: ImageClassifier, mode: str, *, lora_rank: int = 8, key: Key[Array, ""] | None = None
 ) -> tuple[PyTree, PyTree]:
-    """The parameters that train in one of `MODES`, and those that stay as they are.
+    """The trainable and the frozen parameters of a mode.
 
-    For "lora" each `attn.qkv` and `attn.proj` gets factors beside its frozen kernel: `a` "in rank" is drawn from `key`,
-    `b` "rank out" is zero, so that the model starts as the one given. An abstract model will do to count parameters.
+    In mode "lora", each `attn.qkv` and `attn.proj` gets trainable factors in addition to its frozen kernel: `a` "in
+    rank", drawn from `key`, and `b` "rank out", zero, so that training starts from the given model.
+
+    Args:
+        model: real; an abstract one is enough to count parameters.
+        mode: one of `MODES`.
+        lora_rank: rank of the factors.
+        key: draws the factors; only mode "lora" needs it.
 
     Raises:
-        UserError: `lora_rank` is not positive.
+        UserError: an unknown mode, or `lora_rank` is not positive.
     """
     _check(mode)
     parameters = jax.tree.map(lambda x: x, nnx.state(model, nnx.Param))  # the same arrays in variables of their own
     if mode in ("finetune", "llrd"):
-        # The mask token is among them, as in the official count, though no image here is masked. torch skips a tensor
-        # without gradient; here its gradient is zero and no optimiser decays it, so that it never moves either.
+        # They include the mask token, as the official count does, though no image is masked here. torch skips a tensor
+        # without gradient; here its gradient is zero and no optimiser decays it, so it does not change either.
         return parameters, nnx.State({})
     head, backbone = nnx.split_state(parameters, lambda path, _: path[0] == "head", ...)
     if mode == "linear":
@@ -84,7 +97,7 @@ def split_parameters(
 
 
 def merge_parameters(trainable: PyTree, frozen: PyTree, *, lora_alpha: float = 16.0) -> PyTree:
-    """All parameters of a plain `ImageClassifier`, to run it or, through `nnx.update`, to export it.
+    """All parameters of an `ImageClassifier`; `nnx.update` puts them into a model.
 
     A kernel with factors becomes kernel + lora_alpha / rank · a @ b.
     """
@@ -98,7 +111,7 @@ def merge_parameters(trainable: PyTree, frozen: PyTree, *, lora_alpha: float = 1
 
 
 def count_parameters(parameters: PyTree) -> int:
-    """How many numbers a tree of arrays, real or abstract, holds."""
+    """Number of elements in a tree of real or abstract arrays."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))
 
 
@@ -116,14 +129,18 @@ def finetune_optimizer(
 
     Args:
         mode: one of `MODES`.
-        depth: blocks of the backbone.
-        learning_rate: step → the head's rate. One that falls in steps is `optax.piecewise_constant_schedule`.
-        weight_decay: SGD decays all parameters, AdamW all but biases, the norms' vectors, LayerScale factors, tokens
-            and the position table, as BEiT and timm do; DINOv2's pretraining decays tokens and table.
-        momentum: of SGD.
-        layer_decay: "llrd" takes the rate times layer_decay ** (depth + 1 - layer). Patch embedding, all tokens and the
-            position table are layer 0, block i (from 0) is layer i + 1, final norm and head are layer depth + 1.
-        clip_norm: bound of the norm of all gradients together; None or 0 leaves clipping out.
+        depth: number of blocks in the backbone.
+        learning_rate: step → learning rate of the head, such as `optax.piecewise_constant_schedule`.
+        weight_decay: SGD applies it to all parameters; AdamW to all except biases, the vectors of norms, LayerScale
+            factors, tokens and the position table, as BEiT and timm do (DINOv2's pretraining decays tokens and table).
+        momentum: momentum of SGD.
+        layer_decay: in mode "llrd" the rate is multiplied by layer_decay ** (depth + 1 - layer). Patch embedding,
+            tokens and position table are layer 0, block i (from 0) is layer i + 1, final norm and head are layer
+            depth + 1.
+        clip_norm: largest norm of all gradients together; None or 0 leaves clipping out.
+
+    Raises:
+        UserError: an unknown mode.
     """
     _check(mode)
     clip = _clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
@@ -136,15 +153,17 @@ def finetune_optimizer(
 
 
 def balanced_class_weights(labels: Int[Array | np.ndarray, " images"], classes: int) -> Float[np.ndarray, " classes"]:
-    """images / (classes · images of the class), as scikit-learn's "balanced".
+    """The weight images / (classes · images of the class) of each class, as scikit-learn's "balanced".
 
     Raises:
-        UserError: a class without images, or a label out of range.
+        UserError: a class has no images, or a label is out of range.
     """
     check_range(labels, classes)
     counts = np.bincount(np.asarray(labels), minlength=classes)
     if not counts.all():
-        raise UserError(f"class {counts.argmin()} of {classes} has no image to be weighted by; give it some or drop it")
+        raise UserError(
+            f"class {counts.argmin()} of {classes} has no images, so it has no weight; add some or remove the class"
+        )
     return counts.sum() / (classes * counts)
 
 
@@ -156,22 +175,30 @@ def weighted_cross_entropy(
     *,
     total: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Softmax cross-entropy in nats, averaged with the weight of each image's class, in float32 at least.
+    """Softmax cross-entropy in nats, averaged over images with the weight of their class, in float32 at least.
 
-    Rows with the label -1, which fill up a batch, do not count. `total` is the weight of a batch of which these are a
-    part; None where they are all of it.
+    Args:
+        logits: class scores before the softmax.
+        labels: class indices; rows with the label -1 fill up a batch and do not count.
+        class_weights: weight of each class; None weights all equally.
+        label_smoothing: share of each label that is spread over all classes.
+        total: sum of the weights of the whole batch, if these images are a part of it.
     """
     logits = logits.astype(at_least_float32(logits.dtype))
     one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     ones = jnp.ones(logits.shape[-1])
     weights = jnp.asarray(ones if class_weights is None else class_weights, logits.dtype)[None]
-    # What smoothing takes from a label goes to each class with the weight of that class; the divisor has the labels'.
+    # Smoothing moves a share of each label to every class, with the weight of that class; the divisor keeps the weights
+    # of the labels, as torch does.
     targets = jnp.where(labels[:, None] >= 0, optax.smooth_labels(one_hot, label_smoothing) * weights, 0)
     return -jnp.sum(targets * jax.nn.log_softmax(logits)) / (jnp.sum(one_hot * weights) if total is None else total)
 
 
 class FinetuneState(NamedTuple):
-    """All that changes from step to step; one pytree, which is the checkpoint. `ema` averages `trainable`."""
+    """Everything that changes from step to step, as one pytree; a checkpoint holds exactly this.
+
+    `ema` is the moving average of `trainable`, or None.
+    """
 
     step: Int[Array, ""]
     trainable: PyTree
@@ -182,7 +209,7 @@ class FinetuneState(NamedTuple):
 def init_finetune_state(
     trainable: PyTree, optimizer: optax.GradientTransformation, *, ema: bool = False
 ) -> FinetuneState:
-    """The state before the first step; it holds copies, so that it may be donated."""
+    """The state before the first step. It holds copies of the parameters, so it may be donated."""
     own, average = (jax.tree.map(jnp.copy, trainable) for _ in range(2))
     return FinetuneState(jnp.zeros([], jnp.int32), own, optimizer.init(own), average if ema else None)
 
@@ -198,12 +225,12 @@ def make_logits(
     """Returns `logits_of(trainable, frozen, images, key=None)`; the key draws drop path.
 
     Args:
-        model: gives the architecture alone.
+        model: gives only the architecture.
         lora_alpha: as in `merge_parameters`.
         compute_dtype: as in `dinojax.pretraining.make_train_step`.
-        remat: keep only what enters each block, and compute the rest again for the gradient.
-        inference: for evaluation alone: no drop path, and `in_chunks`. A backbone without trainable parameters always
-            runs this way.
+        remat: keep only the input of each block, and compute its activations again for the gradient.
+        inference: for evaluation only: no drop path, and computed by `in_chunks`. A backbone without trainable
+            parameters always runs this way.
     """
     graphdef, _ = nnx.split(model, nnx.Param)
 
@@ -222,7 +249,7 @@ def make_logits(
 def head_logits(
     trainable: PyTree, frozen: PyTree, features: Float[Array | np.ndarray, "batch dim"], key: DropPathKey = None
 ) -> Logits:
-    """The logits of mode "linear" from class tokens that were computed before."""
+    """The logits of mode "linear" from class tokens that were computed before; `frozen` and `key` are not used."""
     return features @ trainable["head"]["kernel"][...] + trainable["head"]["bias"][...][None]
 
 
@@ -240,15 +267,20 @@ def make_finetune_step(
     Args:
         logits_of: from `make_logits`, for images, or `head_logits`, for features.
         optimizer: see `finetune_optimizer`.
-        class_weights: such as `balanced_class_weights`; None for none.
+        class_weights: weight of each class, such as `balanced_class_weights`; None weights all equally.
         label_smoothing: share of each label that is spread over all classes.
-        ema_decay: weight of the old average, at first (1 + step) / (10 + step) where that is less, as in
-            TensorFlow's `ExponentialMovingAverage`; None where the state has none.
-        accumulation_steps: so many parts of the batch follow each other, and their gradients are added up: the same
-            step with less memory, and on a CPU in less time, where a part's activations stay in the cache.
+        ema_decay: weight of the old average, or (1 + step) / (10 + step) if that is less, as in TensorFlow's
+            `ExponentialMovingAverage`; None if the state has no average.
+        accumulation_steps: number of equal parts into which the batch is split. They are computed one after the other,
+            and their gradients added: the same step with less memory, and faster on a CPU whose cache holds the
+            activations of a part.
 
-    The key draws drop path; None leaves it out. The metrics are scalars: loss in nats and accuracy as a fraction, of
-    the batch before the step, and gradient_norm before clipping.
+    The key draws drop path; None leaves it out. The metrics are scalars of the batch before the step: loss in nats,
+    accuracy as a fraction, and gradient_norm before clipping.
+
+    Raises:
+        ValueError: when the step is traced, if the state has an average and `ema_decay` is None or the other way round,
+            or if `accumulation_steps` does not divide the batch.
     """
 
     def gradients_of(
@@ -284,7 +316,7 @@ def make_finetune_step(
         trainable = optax.apply_updates(state.trainable, updates)
         ema = None
         if state.ema is not None:
-            # Short trainings would otherwise end with an average of their beginning.
+            # The average of a short training would otherwise be dominated by its first steps.
             count = state.step.astype(float)
             decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
             ema = optax.incremental_update(trainable, state.ema, 1 - decay)
@@ -296,9 +328,9 @@ def make_finetune_step(
 
 
 def cached_parts(model: VisionTransformer, batch_size: int, image_size: int) -> int:
-    """A number of `accumulation_steps` by which each part's activations stay in a CPU's cache.
+    """The number of `accumulation_steps` for which a CPU's cache holds the activations of a part.
 
-    With ViT-S/14 at 224 px, 4 images a part took 0.8 of the CPU seconds of 16 at once, and a fifth of the memory.
+    With ViT-S/14 at 224 px, parts of 4 images took 0.8 of the CPU time of 16 images at once, and a fifth of the memory.
     """
     tokens = (image_size // model.config.patch_size) ** 2
     most = images_in_cache(2 * tokens, model.config.embed_dim)  # twice: the gradient needs as much again
@@ -335,7 +367,7 @@ def _scale_by_layer(depth: int, layer_decay: float) -> optax.GradientTransformat
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """As torch, which adds 1e-6 to the norm; optax's own does not."""
+    """Clips as torch does, which adds 1e-6 to the norm; `optax.clip_by_global_norm` does not."""
 
     def clip(gradients: PyTree, _: PyTree) -> PyTree:
         factor = jnp.minimum(1, max_norm / (gradient_norms(gradients, None)[0] + 1e-6))

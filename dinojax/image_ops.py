@@ -1,8 +1,8 @@
-"""Image operations with given parameters, each equal to what Pillow does with an 8-bit image.
+"""Image operations with given parameters, each equal to Pillow's on an 8-bit image.
 
-All work on `planes`: float32[batch, height, 3, width] holding whole numbers from 0 to 255 in RGB order, rounded
-wherever Pillow stores 8 bits, and take one parameter per image. In this layout both passes of a resize are plain
-matrix products and every colour plane is contiguous along a row.
+All take `planes`, float32[batch, height, 3, width] with whole numbers from 0 to 255 in RGB order, and one parameter per
+image. Results are rounded wherever Pillow stores 8 bits. In this layout both passes of a resize are plain matrix
+products, and each colour plane is contiguous along a row.
 
 Source: Pillow 13 `Resample.c`, `Blend.c`, `Convert.c`, `BoxBlur.c`, `ImageEnhance.py`, `ImageOps.py`; torchvision
 `transforms/_functional_pil.py`, `_functional_tensor.py`.
@@ -22,7 +22,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 
 def to_planes(images: UInt8[Array, "batch height width 3"]) -> Planes:
-    """NHWC images as the planes that every operation here takes."""
+    """Converts NHWC images to planes, the input of all operations here."""
     return images.transpose(0, 1, 3, 2).astype(jnp.float32)
 
 
@@ -41,9 +41,9 @@ def crop_resize(
         planes: the images.
         boxes: top, left, height and width of each crop in whole pixels, inside the image.
         size: side of the result in pixels.
-        flip: which results to mirror; none if omitted.
+        flip: which results to mirror; None mirrors none.
         interpolation: the filter.
-        eight_bit: round and clip after each pass as Pillow does for 8-bit images; without it, as for its mode F.
+        eight_bit: round and clip after each pass, as Pillow does for 8-bit images; otherwise as for its mode F.
 
     Source: torchvision `resized_crop`, `hflip`; Pillow `Resample.c`.
     """
@@ -68,7 +68,7 @@ def crop_resize(
 
 
 def _weights(start: Array, length: Array, size: int, extent: int, interpolation: Interpolation) -> Array:
-    """[batch, size, extent]: what source pixels add to target pixels; rows sum to one, zero outside the box."""
+    """[batch, size, extent]: weight of each source pixel in a target pixel; rows sum to one, zero outside the box."""
     source = jnp.arange(extent, dtype=jnp.int32)[None, None] - start[:, None, None]
     target = jnp.arange(size, dtype=jnp.int32)[None, :, None]
     length = length[:, None, None]
@@ -93,7 +93,7 @@ def luma(planes: Planes) -> Float[Array, "batch height 1 width"]:
 
 
 def grayscale(planes: Planes) -> Planes:
-    """All three channels replaced by their `luma`."""
+    """Replaces all three channels by their `luma`."""
     return jnp.broadcast_to(luma(planes), planes.shape)
 
 
@@ -124,7 +124,7 @@ def _mean_luma(gray: Array) -> Array:
 
 
 def hue(planes: Planes, factor: Factor) -> Planes:
-    """Turns the hue by `factor` of a full circle, −0.5 to 0.5, through Pillow's 8-bit HSV.
+    """Rotates the hue by `factor` of a full circle, −0.5 to 0.5, in Pillow's 8-bit HSV.
 
     Source: torchvision `_functional_pil.adjust_hue`; Pillow `Convert.c` `rgb2hsv_row`, `hsv2rgb`.
     """
@@ -158,24 +158,24 @@ def hue(planes: Planes, factor: Factor) -> Planes:
 
 
 def _sixth(x: Array) -> Array:
-    """x / 6 rounded once: XLA turns the division into a product with 1/6, whose error is taken out again here."""
+    """x / 6, rounded once: XLA turns the division into a product with 1/6, whose error is corrected here."""
     near = x * (1 / 6)
     return near + ((x - 4 * near) - 2 * near) * (1 / 6)
 
 
 def _times_255(x: Array) -> Array:
-    """⌊255 x⌋ for x of 0 to 1 without float32 rounding the product up, for Pillow takes it in double precision."""
+    """⌊255 x⌋ for x of 0 to 1, without float32 rounding the product up: Pillow computes it in double precision."""
     whole = jnp.floor(255 * x)
     return whole - (256 * x - whole < x)
 
 
 def color_jitter(planes: Planes, factors: Float[Array, "batch 4"], order: Int[Array, "batch 4"]) -> Planes:
-    """Brightness, contrast, saturation and hue, each image in its own order.
+    """Jitters brightness, contrast, saturation and hue, in an order for each image.
 
     Args:
         planes: the images.
-        factors: of brightness, contrast, saturation (1 changes nothing) and hue (in turns).
-        order: a permutation per image of 0 brightness, 1 contrast, 2 saturation, 3 hue.
+        factors: factors of brightness, contrast and saturation (1 changes nothing), and rotation of the hue (in turns).
+        order: for each image a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue.
 
     Source: torchvision `ColorJitter.forward`.
     """
@@ -187,14 +187,14 @@ def color_jitter(planes: Planes, factors: Float[Array, "batch 4"], order: Int[Ar
     def after_hue(step: Array, x: Array) -> Array:
         return _blend_step(x, factors, order[:, step], step > hue_step)
 
-    # Hue costs more than the others together, so it runs once. Loops, because XLA would fuse unrolled steps and compute
-    # the early ones anew for every use.
+    # Hue costs more than the others together, so it runs once. These are loops because XLA would fuse unrolled steps and
+    # compute the early ones again for every use.
     planes = jax.lax.fori_loop(0, 3, before_hue, planes)
     return jax.lax.fori_loop(1, 4, after_hue, hue(planes, factors[:, 3]))
 
 
 def _blend_step(planes: Array, factors: Array, kind: Array, active: Array) -> Array:
-    """One of brightness, contrast or saturation per image; a factor of one leaves an image exactly as it was."""
+    """Applies brightness, contrast or saturation to each image; the factor of inactive images is one: no change."""
     gray = luma(planes)
     background = jnp.where(_per_image(kind == 2, 4), gray, jnp.where(_per_image(kind == 1, 4), _mean_luma(gray), 0))
     factor = jnp.take_along_axis(factors, jnp.clip(kind, 0, 2)[:, None], axis=1)[:, 0]
@@ -207,12 +207,12 @@ def solarize(planes: Planes) -> Planes:
 
 
 def box_gaussian_blur(planes: Planes, radius: Factor, max_radius: float = 2.0) -> Planes:
-    """Pillow's Gaussian: three box blurs along each axis, rounded to 8 bits after each, the edge repeated.
+    """Pillow's Gaussian blur: three box blurs along each axis, each rounded to 8 bits, with the edge repeated.
 
     Args:
         planes: the images.
         radius: standard deviation in pixels.
-        max_radius: no radius exceeds it; it sets how many neighbours are added up.
+        max_radius: upper bound of `radius`; it sets the number of neighbours that are added.
 
     Source: `ImageFilter.GaussianBlur`; Pillow `BoxBlur.c`.
     """
@@ -223,7 +223,7 @@ def box_gaussian_blur(planes: Planes, radius: Factor, max_radius: float = 2.0) -
     reach = math.floor((math.sqrt(4 * max_radius**2 + 1) - 1) / 2) + 1
     taps = [jnp.where(k <= whole, inner, jnp.where(k == whole + 1, outer, 0)) for k in range(reach + 1)]
     for axis in (3, 1):
-        # A loop, because XLA would otherwise fuse the passes and compute the first anew for every neighbour.
+        # A loop, because XLA would otherwise fuse the passes and compute the first again for every neighbour.
         planes = jax.lax.fori_loop(0, 3, functools.partial(_box_blur, taps=taps, axis=axis), planes)
     return planes
 
@@ -234,7 +234,7 @@ def _box_blur(_: Array, planes: Array, taps: list[Array], axis: int) -> Array:
 
 
 def _box_radius(radius: Array) -> Array:
-    """Radius of the box whose third convolution with itself has the variance asked for (Gwosdek et al. 2011)."""
+    """Radius of the box for which three box blurs have the variance `radius`² (Gwosdek et al. 2011)."""
     variance = radius * radius / 3
     whole = jnp.floor((jnp.sqrt(12 * variance + 1) - 1) / 2)
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
@@ -242,7 +242,7 @@ def _box_radius(radius: Array) -> Array:
 
 
 def kernel_gaussian_blur(planes: Planes, sigma: Factor, kernel_size: int = 9) -> Planes:
-    """torchvision's Gaussian: a sampled kernel of odd size, the image mirrored at its edges, rounded once.
+    """torchvision's Gaussian blur: a sampled kernel of odd size, with the image mirrored at its edges; rounded once.
 
     Source: torchvision `_functional_tensor.gaussian_blur`.
     """
@@ -267,7 +267,7 @@ def _symmetric_filter(planes: Array, taps: list[Array], axis: int, edge: str) ->
 def normalize(
     planes: Planes, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> Float[Array, "batch height width 3"]:
-    """NHWC images of (value / 255 − mean) / std per channel. Source: torchvision `ToTensor`, `Normalize`."""
+    """Converts planes to NHWC images, (value / 255 − mean) / std. Source: torchvision `ToTensor`, `Normalize`."""
     images = planes.transpose(0, 1, 3, 2) / 255
     return (images - jnp.array([[[mean]]], jnp.float32)) / jnp.array([[[std]]], jnp.float32)
 
@@ -277,5 +277,5 @@ def _to_8_bit(x: Array) -> Array:
 
 
 def _per_image(x: Array, ndim: int) -> Array:
-    """One number per image, ready to broadcast against an array of `ndim` axes."""
+    """Reshapes one number per image so that it broadcasts against an array of `ndim` axes."""
     return x.reshape(x.shape + (1,) * (ndim - 1))

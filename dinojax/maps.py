@@ -1,6 +1,6 @@
-"""Maps of what a model sees in an image: attention of the class token, masks from it, patch PCA, patch similarity.
+"""Maps over the patches of an image: attention of the class token, masks from it, patch PCA, patch similarity.
 
-Maps are arrays of patches, rows first; `upsample` makes pixels of them. Attention comes from
+A map has one value per patch, "rows columns"; `upsample` turns it into pixels. Attention comes from
 `VisionTransformer.get_last_selfattention`, patch features from `Features.patch_tokens`.
 
 Source: facebookresearch/dino 7c446df `visualize_attention.py` (the maps, the mask by mass); arXiv 2304.07193, Figure 1
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-# Patches that are in float64 at once in a PCA.
+# A PCA converts this many patches to float64 at once.
 _ROWS = 65_536
 
 
@@ -24,18 +24,18 @@ def cls_attention(
     *,
     num_register_tokens: int = 0,
 ) -> Float[Array | np.ndarray, "batch heads rows columns"]:
-    """How much the class token attends to each patch, in each head.
+    """The attention of the class token to each patch, in each head.
 
-    The attention to itself and to the registers is left out, so a map sums to less than one.
+    A map sums to less than one, because the class token also attends to itself and to the registers.
 
     Args:
-        attention: probabilities, tokens in the order CLS, registers, patches.
+        attention: probabilities; the tokens are in the order CLS, registers, patches.
         rows: patches from top to bottom.
         columns: patches from left to right.
-        num_register_tokens: of the model.
+        num_register_tokens: number of register tokens of the model.
 
     Raises:
-        ValueError: the tokens are not one class token, the registers and `rows` × `columns` patches.
+        ValueError: the number of tokens is not 1 + `num_register_tokens` + `rows` · `columns`.
     """
     *lead, _, tokens = attention.shape
     if tokens != 1 + num_register_tokens + rows * columns:
@@ -46,9 +46,9 @@ def cls_attention(
 def score_mask(
     attention: Float[Array | np.ndarray, "*maps rows columns"], threshold: float
 ) -> Bool[np.ndarray, "*maps rows columns"]:
-    """The patches whose score is at least `threshold`; the score is the attention over the largest of its map.
+    """The patches whose attention is at least `threshold` times the largest of their map.
 
-    A higher threshold keeps fewer patches: 0 keeps all of them, 1 the most attended one.
+    A higher threshold keeps fewer patches: 0 keeps all, 1 only the most attended one.
     """
     attention = np.asarray(attention, np.float64)
     return attention >= threshold * attention.max(axis=(-2, -1), keepdims=True)
@@ -57,9 +57,9 @@ def score_mask(
 def mass_mask(
     attention: Float[Array | np.ndarray, "*maps rows columns"], mass: float
 ) -> Bool[np.ndarray, "*maps rows columns"]:
-    """The fewest patches that hold at least the share `mass` (in (0, 1]) of their map's attention.
+    """The smallest set of patches with at least the share `mass`, in (0, 1], of the attention of their map.
 
-    Upstream's rule: of the shares in ascending order, those whose cumulative sum is above 1 − `mass`.
+    Upstream's rule: sorted in ascending order, the patches whose cumulative share is above 1 − `mass`.
     """
     flat = np.asarray(attention, np.float64).reshape(*attention.shape[:-2], -1)
     order = np.argsort(flat, axis=-1, kind="stable")
@@ -70,7 +70,7 @@ def mass_mask(
 
 
 class PcaMap(NamedTuple):
-    """An image's patches as colours in 0–1, black where they are not `foreground`."""
+    """The patches of an image as colours in 0–1, black in the background."""
 
     rgb: Float[np.ndarray, "rows columns 3"]
     foreground: Bool[np.ndarray, "rows columns"]
@@ -82,16 +82,19 @@ def pca_maps(
     threshold: float | None = 0.5,
     flip: bool = False,
 ) -> list[PcaMap]:
-    """The first three principal components of patch features as red, green and blue, on one basis for all images.
+    """The first three principal components of patch features as red, green and blue, with one basis for all images.
 
-    A first PCA over all patches tells foreground from background: its first component, scaled to 0–1, is above the
-    threshold there. A second one over the foreground gives the colours, each component scaled to 0–1. A component's
-    sign means nothing, so the first is turned to be low along the images' borders, where objects rarely are.
+    The first component of a PCA over all patches, scaled to 0–1, is above the threshold in the foreground. Its sign is
+    arbitrary, so it is chosen to be low along the borders of the images, where objects rarely are. A second PCA over
+    the foreground gives the colours, each component scaled to 0–1.
 
     Args:
-        features: of each image, of any sizes.
-        threshold: in [0, 1); None takes every patch for foreground.
-        flip: take the other side of the first component for foreground.
+        features: patch features of each image; the images may differ in size.
+        threshold: threshold of the first component, in [0, 1); None takes every patch as foreground.
+        flip: take the patches below the threshold as foreground.
+
+    Returns:
+        One map per image.
     """
     shapes = [image.shape[:2] for image in features]
     patches = np.concatenate([np.asarray(image, np.float32).reshape(-1, image.shape[-1]) for image in features])
@@ -111,7 +114,7 @@ def pca_maps(
 def patch_similarity(
     features: Float[Array | np.ndarray, "rows columns dim"], patch: Float[Array | np.ndarray, " dim"]
 ) -> Float[np.ndarray, "rows columns"]:
-    """Cosine similarity of every patch of an image to `patch`, which may be of another image."""
+    """Cosine similarity of each patch of an image to the features `patch`, which may be of another image."""
     features, patch = np.asarray(features, np.float64), np.asarray(patch, np.float64)
     return features @ patch / (np.linalg.norm(features, axis=-1) * np.linalg.norm(patch))
 
@@ -119,12 +122,12 @@ def patch_similarity(
 def upsample(
     maps: Shaped[np.ndarray, "*shape"], patch_size: int, *, axes: tuple[int, int] = (-2, -1)
 ) -> Shaped[np.ndarray, "*pixels"]:
-    """Every patch as `patch_size` × `patch_size` equal pixels (nearest neighbour); `axes` are rows and columns."""
+    """Repeats each patch as `patch_size` × `patch_size` pixels (nearest neighbour); `axes` are rows and columns."""
     return maps.repeat(patch_size, axes[0]).repeat(patch_size, axes[1])
 
 
 def _principal(x: Float[np.ndarray, "patches dim"], count: int) -> Float[np.ndarray, "patches {count}"]:
-    """Coordinates along the directions of largest variance; each direction's largest loading is positive."""
+    """Coordinates along the directions of largest variance; the largest loading of each direction is positive."""
     mean = x.mean(axis=0, dtype=np.float64)
     chunks = np.array_split(x, -(-len(x) // _ROWS))
     scatter = sum((chunk - mean).T @ (chunk - mean) for chunk in chunks)
@@ -135,7 +138,7 @@ def _principal(x: Float[np.ndarray, "patches dim"], count: int) -> Float[np.ndar
 
 
 def _scaled(x: Float[np.ndarray, "patches *components"]) -> Float[np.ndarray, "patches *components"]:
-    """Each component to 0–1; one without any spread to 0.5."""
+    """Scales each component to 0–1; a constant component becomes 0.5."""
     least, spread = x.min(axis=0), np.ptp(x, axis=0)
     return np.where(spread > 0, (x - least) / np.where(spread > 0, spread, 1), 0.5)
 

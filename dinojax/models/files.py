@@ -25,12 +25,16 @@ _KIND = "VisionTransformer"
 
 
 def named_parameters(module: nnx.Module) -> dict[str, jax.Array]:
-    """Every parameter under its dotted path, such as `blocks.0.attn.qkv.kernel`."""
+    """Dotted path → parameter, such as `blocks.0.attn.qkv.kernel`."""
     return {_dotted(path): param[...] for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
 def with_parameters(module: nnx.Module, arrays: Mapping[str, np.ndarray | jax.Array]) -> nnx.Module:
-    """A copy of `module` (real or abstract) that holds copies of exactly `arrays`, given under the dotted paths.
+    """A copy of `module` (real or abstract) with copies of `arrays` as its parameters.
+
+    Args:
+        module: gives the architecture.
+        arrays: dotted path → array, exactly one for each parameter.
 
     Raises:
         UserError: a missing, extra or misshapen array; the message names all of them.
@@ -43,7 +47,11 @@ def with_parameters(module: nnx.Module, arrays: Mapping[str, np.ndarray | jax.Ar
 
 
 def raise_unless_same(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
-    """Compares names and shapes; the `UserError` names every missing, extra and misshapen one."""
+    """Compares names and shapes.
+
+    Raises:
+        UserError: names every missing, extra and misshapen array.
+    """
     problems = [f"missing {name} {tuple(expected[name])}" for name in expected if name not in given]
     problems += [f"extra {name} {tuple(given[name])}" for name in given if name not in expected]
     problems += [
@@ -65,18 +73,21 @@ def save(
     """Writes a model to the folder `path`, whole or not at all.
 
     Args:
-        model: any size.
-        path: a folder that does not exist yet, or one that an earlier `save` made, which is replaced.
-        source: where the weights come from; JSON values, kept beside the configuration.
-        dtype: what the parameters are stored in; None is the dtype they have. float16 halves the file, and `load`
-            makes float32 of it.
+        model: a model of any size.
+        path: a folder that does not exist yet, or one that an earlier `save` wrote, which is replaced.
+        source: JSON values that say where the weights come from; stored with the configuration.
+        dtype: dtype of the stored parameters; None keeps theirs. float16 halves the file, and `load` widens it to
+            float32.
+
+    Returns:
+        The folder.
 
     Raises:
-        UserError: the folder holds something else, cannot be written, or a parameter is too large for `dtype`.
+        UserError: the folder holds something else or cannot be written, or a parameter overflows `dtype`.
     """
     path = Path(path)
     if path.exists() and not is_model_folder(path):
-        raise UserError(f"{path} exists and is no model of dinojax; name another folder")
+        raise UserError(f"{path} exists and is not a model of dinojax; name another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -100,7 +111,7 @@ def save(
 
 
 def is_model_folder(path: str | Path) -> bool:
-    """Whether `save` wrote the folder; Hugging Face's have files of the same names."""
+    """Whether `save` wrote the folder; Hugging Face's folders have files of the same names."""
     try:
         document = json.loads((Path(path) / CONFIG_FILE).read_text())
     except (OSError, ValueError):
@@ -109,10 +120,11 @@ def is_model_folder(path: str | Path) -> bool:
 
 
 def load(path: str | Path) -> VisionTransformer:
-    """Reads a model that `save` wrote; needs neither torch nor the network. float16 becomes float32.
+    """Reads a model that `save` wrote. Needs neither torch nor the network; float16 becomes float32.
 
     Raises:
-        UserError: no such folder, damaged files (the stored SHA-256 is checked), or arrays that do not fit.
+        UserError: there is no such folder, its files are damaged (the SHA-256 is checked), or its arrays do not fit the
+            architecture.
     """
     path = Path(path)
     weights, config = path / WEIGHTS_FILE, path / CONFIG_FILE
@@ -123,7 +135,7 @@ def load(path: str | Path) -> VisionTransformer:
         model_config = ViTConfig(**document["config"])
         digest = document["sha256"]
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{config} is no model configuration ({error}); convert the weights again") from error
+        raise UserError(f"{config} is not a model configuration ({error}); convert the weights again") from error
     if _sha256(weights) != digest:
         raise UserError(f"{weights} is damaged (its SHA-256 is not the stored {digest[:12]}…); convert it again")
     with safetensors.safe_open(weights, "numpy") as file:
@@ -133,12 +145,12 @@ def load(path: str | Path) -> VisionTransformer:
 
 
 def abstract_model(config: ViTConfig) -> VisionTransformer:
-    """A model of shapes only: nothing is drawn or stored."""
+    """A model of shapes alone; no values are drawn."""
     return nnx.eval_shape(lambda: VisionTransformer(config, rngs=nnx.Rngs(0)))
 
 
 def shipped_folder(name: str) -> Path | None:
-    """The folder of a model that comes with the package; None where none has that name."""
+    """The folder of a model that the package contains, or None if there is no such model."""
     folder = Path(__file__).parents[1] / "assets" / name
     return folder if name in SHIPPED else None
 

@@ -16,15 +16,16 @@ from dinojax.precision import at_least_float32
 
 
 class DINOHead(Module):
-    """Features → MLP with exact GELU → unit length → products with unit-length prototypes.
+    """DINO's head: an MLP with exact GELU, scaling to unit length, and products with the prototypes.
 
     Args:
         in_dim: width of the features.
         out_dim: number of prototypes.
-        hidden_dim: width of the MLP's hidden layers.
-        bottleneck_dim: width of what is compared with the prototypes.
-        nlayers: linear layers of the MLP, one or more.
-        norm_last_layer: keep the prototypes' lengths `weight_g` fixed (v1's default); no gradient reaches them then.
+        hidden_dim: width of the hidden layers of the MLP.
+        bottleneck_dim: width of the embedding and of the prototypes.
+        nlayers: number of linear layers in the MLP, one or more.
+        norm_last_layer: keep the lengths `weight_g` of the prototypes fixed, as DINO v1 does by default; no gradient
+            reaches them.
         rngs: draws the initial values.
     """
 
@@ -41,7 +42,7 @@ class DINOHead(Module):
     ):
         widths = [in_dim] + [hidden_dim] * (nlayers - 1) + [bottleneck_dim]
         layers = [Linear(*pair, rngs=rngs) for pair in itertools.pairwise(widths)]
-        # Upstream's names count the GELUs between the layers: mlp.0, mlp.2, mlp.4; one layer alone is just `mlp`.
+        # Upstream's names count the GELUs between the layers: mlp.0, mlp.2, mlp.4; a single layer is just `mlp`.
         self.mlp = layers[0] if nlayers == 1 else nnx.Dict({str(2 * i): layer for i, layer in enumerate(layers)})
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_norm=not norm_last_layer, rngs=rngs)
 
@@ -49,7 +50,7 @@ class DINOHead(Module):
         return self.last_layer(self.embed(features))
 
     def embed(self, features: Float[Array | np.ndarray, "*batch in_dim"]) -> Float[Array, "*batch bottleneck_dim"]:
-        """What is compared with the prototypes; of length one."""
+        """The embedding that is multiplied with the prototypes, of length one."""
         x = features
         if isinstance(self.mlp, nnx.Dict):
             *hidden, last = sorted(self.mlp.keys(), key=int)
@@ -73,13 +74,13 @@ class WeightNormLinear(Module):
         return (x.reshape(-1, x.shape[-1]) @ self.weight().T).reshape(*x.shape[:-1], -1)
 
     def weight(self) -> Float[Array, "out_dim in_dim"]:
-        """The rows at the lengths they have in effect."""
+        """The effective weight: rows of `weight_v` scaled to the lengths `weight_g`."""
         length = self.weight_g[...] if self.train_norm else jax.lax.stop_gradient(self.weight_g[...])
         return length * _unit_length(self.weight_v[...])
 
 
 def _unit_length(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-    """Scales the last axis to length one, as torch's `normalize`: a zero vector stays zero, with a finite gradient."""
+    """Scales the last axis to length one like torch's `normalize`: a zero vector stays zero, with a finite gradient."""
     precise = x.astype(at_least_float32(x.dtype))
     squared = jnp.sum(precise * precise, axis=-1, keepdims=True)
     return (precise * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))).astype(x.dtype)

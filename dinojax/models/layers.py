@@ -1,7 +1,7 @@
 """The parts of a vision transformer: patch embedding, attention, feed-forward, LayerScale, drop path, block.
 
 Parameter paths are upstream's (`attn.qkv.kernel`, `mlp.fc1.bias`, `ls1.gamma`, …). Every layer computes in the dtype
-of its parameters; LayerNorm statistics and the softmax take float32 where that is lower.
+of its parameters, except LayerNorm statistics and the softmax, which use float32 at least.
 
 Source: facebookresearch/dino 7c446df `vision_transformer.py`, facebookresearch/dinov2 b8931f7 `dinov2/layers/`.
 """
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Key
 
 from dinojax.precision import at_least_float32
 
-# Upstream truncates at ±2 in absolute terms: a hundred standard deviations, so the plain normal is the same draw.
+# Upstream truncates at ±2, a hundred standard deviations away, so the plain normal distribution is the same.
 _linear_init = nnx.initializers.normal(0.02)
 
 LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-6, use_fast_variance=False)
@@ -36,9 +36,10 @@ class Module(nnx.Module):
 
 
 class Linear(nnx.Linear):
-    """A linear layer on the last axis, the others taken as one.
+    """A linear layer on the last axis; the other axes are merged for the product.
 
-    XLA:CPU has no fast product for the weight's gradient over several axes: attention trains three times as fast so.
+    XLA:CPU has no fast product for the gradient of a weight over several axes: merged, attention trains three times as
+    fast.
     """
 
     def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs):
@@ -49,18 +50,18 @@ class Linear(nnx.Linear):
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The exact GELU, through erf as torch computes it; XLA:CPU takes half the time of `jax.nn.gelu`'s erfc."""
+    """The exact GELU through erf, as in torch; on XLA:CPU it takes half the time of erfc in `jax.nn.gelu`."""
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def torch_default_init(fan_in: int) -> Callable[..., Array]:
-    """torch's initial values for convolutions and bare weights: uniform within ±1/√fan_in, biases too."""
+    """torch's default initialiser for convolutions, bare weights and their biases: uniform within ±1/√fan_in."""
     bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32, *_: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class PatchEmbed(Module):
-    """Cuts an image into patches and projects each linearly; pixels beyond the last whole patch are dropped."""
+    """Cuts images into patches and projects each one linearly; pixels beyond the last whole patch are dropped."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int, *, rngs: nnx.Rngs):
         self.patch_size = patch_size
@@ -74,7 +75,7 @@ class PatchEmbed(Module):
         batch, height, width, channels = images.shape
         patch, rows, columns = self.patch_size, height // self.patch_size, width // self.patch_size
         kernel = self.proj.kernel[...]
-        # The convolution's stride is its size, so it is one matrix product: faster on every backend.
+        # The stride of the convolution is its size, so one matrix product does it, faster on every backend.
         patches = images[:, : rows * patch, : columns * patch].astype(kernel.dtype)
         patches = patches.reshape(batch, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(batch * rows * columns, patch * patch * channels)
@@ -83,7 +84,7 @@ class PatchEmbed(Module):
 
 
 class Attention(Module):
-    """Multi-head self-attention with one fused projection, laid out (3, heads, head_dim) as upstream."""
+    """Multi-head self-attention; the fused projection is laid out (3, heads, head_dim) as upstream."""
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, rngs: nnx.Rngs):
         self.num_heads = num_heads
@@ -93,14 +94,14 @@ class Attention(Module):
     def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
         query, key, value = self._heads(x)
         scores = _scores(query, key)
-        # Dividing after the product with the values touches head_dim numbers a query instead of `tokens`.
+        # Dividing after the product with the values touches head_dim numbers per query instead of `tokens`.
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(value.dtype), value)
         out = (out / weights.sum(-1, keepdims=True)).astype(x.dtype)
         return self.proj(out.transpose(0, 2, 1, 3).reshape(x.shape))
 
     def probs(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens tokens"]:
-        """The attention probabilities themselves; each row (a query) sums to one."""
+        """The attention probabilities; each row (a query) sums to one."""
         query, key, _ = self._heads(x)
         return jax.nn.softmax(_scores(query, key), axis=-1).astype(x.dtype)
 
@@ -129,7 +130,7 @@ class Mlp(Module):
 
 
 class SwiGLUFFN(Module):
-    """SiLU-gated feed-forward with a fused input projection: w3(silu(x1) · x2) for x1, x2 = w12(x)."""
+    """SiLU-gated feed-forward network with a fused input projection: w3(silu(x1) · x2) for x1, x2 = w12(x)."""
 
     def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs):
         self.w12 = Linear(dim, 2 * hidden_dim, rngs=rngs)
@@ -141,7 +142,7 @@ class SwiGLUFFN(Module):
 
 
 def swiglu_hidden_dim(dim: int, mlp_ratio: float) -> int:
-    """Upstream's `swiglufused` width: two thirds of the MLP's, rounded up to a multiple of 8."""
+    """Width of upstream's `swiglufused`: two thirds of the MLP's, rounded up to a multiple of 8."""
     return (int(int(dim * mlp_ratio) * 2 / 3) + 7) // 8 * 8
 
 
@@ -156,7 +157,7 @@ class LayerScale(Module):
 
 
 def drop_path(x: Float[Array, "batch *rest"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "batch *rest"]:
-    """Zeroes whole samples with probability `rate` and rescales the rest; no key means inference."""
+    """Zeroes whole samples with probability `rate` and rescales the others; without a key, returns `x` unchanged."""
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
@@ -197,7 +198,7 @@ class Block(Module):
         return x + drop_path(_scaled(self.ls2, self.mlp(self.norm2(x))), self.drop_path_rate, mlp_key)
 
     def attention_probs(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens tokens"]:
-        """The probabilities with which this block's attention would mix `x`."""
+        """The attention probabilities of this block for the input `x`; each row (a query) sums to one."""
         return self.attn.probs(self.norm1(x))
 
 

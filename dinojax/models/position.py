@@ -25,9 +25,17 @@ from dinojax.precision import at_least_float32
 def interpolate_pos_embed(
     pos_embed: Float[Array, "1 positions dim"], rows: int, columns: int, *, antialias: bool, offset: float
 ) -> Float[Array, "1 tokens dim"]:
-    """Resizes a square table of patch positions to `rows` × `columns`; the class entry in front stays as it is.
+    """Resizes a square table of patch positions to `rows` × `columns`; the class entry in front is kept.
 
-    Computed in float32 at least and returned in the dtype of `pos_embed`.
+    Args:
+        pos_embed: class entry, then a square table of patches in row-major order.
+        rows: patches from top to bottom.
+        columns: patches from left to right.
+        antialias: smooth when shrinking.
+        offset: added to `rows` and `columns` in the scale factor.
+
+    Returns:
+        The class entry and `rows` · `columns` patches, computed in float32 at least, in the dtype of `pos_embed`.
     """
     side = round((pos_embed.shape[1] - 1) ** 0.5)
     dtype = at_least_float32(pos_embed.dtype)
@@ -40,7 +48,7 @@ def interpolate_pos_embed(
 
 @functools.lru_cache(maxsize=64)
 def resize_matrix(side: int, size: int, antialias: bool, offset: float) -> Float[np.ndarray, "size side"]:
-    """The weights with which each of `size` outputs takes from `side` inputs, in float64; each row sums to one."""
+    """The float64 weight of each of `side` inputs in each of `size` outputs; each row sums to one."""
     step = side / (size + offset)  # input positions per output position
     centers = step * (np.arange(size) + 0.5)
     if not antialias:

@@ -2,7 +2,7 @@
 
 Source: facebookresearch/dino 7c446df `hubconf.py`, facebookresearch/dinov2 b8931f7 `dinov2/hub/backbones.py`. The
 ViT-Tiny entries are upstream's `vit_tiny`, for which no weights were published. `dinojax_vitt` is this project's own
-and comes with it (`dinojax/assets`).
+model, whose weights are in the package (`dinojax/assets`).
 """
 
 from types import MappingProxyType

@@ -32,11 +32,14 @@ class ViTConfig:
     Attributes:
         ffn_layer: "mlp", or "swiglufused" as in DINOv2 ViT-g.
         init_values: initial LayerScale factor; None leaves LayerScale out.
-        interpolate_antialias: how the position table is resized, see `dinojax.models.position`.
-        interpolate_offset: likewise.
-        drop_path_rate: highest rate; it grows linearly with depth unless `drop_path_uniform`.
-        family: "dinov2" models have a mask token and refuse images that the patch does not divide; "dino" models cut
-            the rest off. None decides by what only DINOv2 has: LayerScale, registers, SwiGLU.
+        interpolate_antialias: whether resizing the position table smooths it, see `dinojax.models.position`.
+        interpolate_offset: what resizing adds to the number of rows and columns, see `dinojax.models.position`.
+        drop_path_rate: rate of the last block; it grows linearly from 0 in the first, unless `drop_path_uniform`.
+        family: "dinov2" models have a mask token and refuse images whose sides the patch size does not divide; "dino"
+            models cut off the remaining pixels. None infers it: only DINOv2 has LayerScale, registers or SwiGLU.
+
+    Raises:
+        UserError: sizes that do not fit each other, or an unknown `ffn_layer`.
     """
 
     img_size: int = 224
@@ -68,14 +71,15 @@ class ViTConfig:
 
     @property
     def num_patches(self) -> int:
-        """Entries of the position table without the class entry."""
+        """Number of patch entries in the position table."""
         return (self.img_size // self.patch_size) ** 2
 
 
 class Features(NamedTuple):
-    """What the model makes of a batch of images. All but `prenorm` are after the final LayerNorm.
+    """The tokens of a batch of images after the final LayerNorm; `prenorm` holds all of them before it.
 
-    `prenorm` holds every token before it, in the order CLS, registers, patches (row-major, rows first).
+    Patches are in row-major order; the tokens of `prenorm` in the order CLS, registers, patches. A model without
+    registers has zero `register_tokens`.
     """
 
     cls_token: Float[Array, "batch dim"]
@@ -87,7 +91,11 @@ class Features(NamedTuple):
 class VisionTransformer(Module):
     """DINO / DINOv2 backbone for NHWC images of any size, normalised as the weights expect.
 
-    It computes in the dtype of its parameters. Drop path is drawn only where a `key` is given.
+    It computes in the dtype of its parameters.
+
+    Args:
+        config: the architecture.
+        rngs: draws the initial values.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
@@ -126,14 +134,14 @@ class VisionTransformer(Module):
         """Features of a batch of images.
 
         Args:
-            images: float images, height before width.
-            masks: patches to replace by the mask token, row-major (DINOv2 only).
-            key: draws drop path; None is inference.
-            remat: keep only what enters each block, and compute the rest again for the gradient.
+            images: normalised pixels.
+            masks: which patches the mask token replaces, in row-major order (DINOv2 only).
+            key: draws drop path; None leaves it out.
+            remat: keep only the input of each block, and compute its activations again for the gradient.
 
         Raises:
-            ValueError: a DINOv2 model and a size that its patch does not divide, or masks for a model without a mask
-                token.
+            ValueError: images smaller than a patch, or of a size that a DINOv2 model does not take; masks for a model
+                without a mask token.
         """
         keys = [None] * len(self.blocks) if key is None else list(jax.random.split(key, len(self.blocks)))
         x = self._embed(images, masks)
@@ -154,14 +162,17 @@ class VisionTransformer(Module):
         """Patch tokens after chosen blocks, with DINOv2's meaning for every model.
 
         Args:
-            images: float images, height before width.
-            n: the last `n` blocks, or the indices of blocks.
-            reshape: return maps "batch rows columns dim" in place of "batch patches dim".
-            return_class_token: return pairs (patch tokens, class token "batch dim").
-            norm: apply the final LayerNorm to each block's output.
+            images: normalised pixels.
+            n: number of last blocks, or the indices of blocks.
+            reshape: return maps "batch rows columns dim" instead of "batch patches dim".
+            return_class_token: return pairs of patch tokens and class token "batch dim".
+            norm: apply the final LayerNorm to the output of each block.
 
         Returns:
-            One entry a block, in the order of the blocks; CLS and registers are not among the patches.
+            One entry per block, in the order of the blocks. The patch tokens exclude CLS and registers.
+
+        Raises:
+            ValueError: a block that the model does not have, or images of a size that it does not take.
         """
         wanted = self._block_indices(n)
         rows, columns = (side // self.config.patch_size for side in images.shape[1:3])
@@ -178,14 +189,14 @@ class VisionTransformer(Module):
     def get_last_selfattention(
         self, images: Float[Array | np.ndarray, "batch height width channels"]
     ) -> Float[Array, "batch heads tokens tokens"]:
-        """Attention probabilities of the last block, tokens in the order CLS, registers, patches."""
+        """Attention probabilities of the last block; the tokens are in the order CLS, registers, patches."""
         x = self._embed(images)
         for block in list(self.blocks)[:-1]:
             x = block(x)
         return self.blocks[-1].attention_probs(x)
 
     def interpolated_pos_embed(self, height: int, width: int) -> Float[Array, "1 positions dim"]:
-        """The position embedding, class entry first, that images of `height` × `width` pixels get."""
+        """The position embedding of images of `height` × `width` pixels, class entry first."""
         rows, columns = height // self.config.patch_size, width // self.config.patch_size
         pos_embed = self.pos_embed[...]
         if rows * columns == self.config.num_patches and height == width:
@@ -199,7 +210,7 @@ class VisionTransformer(Module):
         )
 
     def _embed(self, images: _Batch, masks: _Batch | None = None) -> Array:
-        """Patches (some replaced by the mask token), CLS in front, positions added, then registers put in between."""
+        """Embeds patches, replaces masked ones, puts CLS in front, adds positions, and inserts the registers."""
         self._check_size(*images.shape[1:3])
         x = self.patch_embed(images)
         if masks is not None:
@@ -220,8 +231,8 @@ class VisionTransformer(Module):
             raise ValueError(f"images of {height}×{width} px are smaller than one patch of {patch} px")
         if self.config.family == "dinov2" and (height % patch or width % patch):
             raise ValueError(
-                f"images of {height}×{width} px are no multiple of the patch size {patch}; resize them to one, "
-                f"such as {round(height / patch) * patch}×{round(width / patch) * patch}"
+                f"images of {height}×{width} px are not a multiple of the patch size {patch}; resize them, "
+                f"for example to {round(height / patch) * patch}×{round(width / patch) * patch}"
             )
 
     def _block_indices(self, n: int | Sequence[int]) -> set[int]:

@@ -1,4 +1,4 @@
-"""DINO's multi-crop: what is drawn for each view of an image, and the views themselves, inside one compiled program.
+"""DINO's multi-crop: draws the parameters of each view of an image and computes the views, in one compiled program.
 
 Source: facebookresearch/dino 7c446df `main_dino.DataAugmentationDINO`, facebookresearch/dinov2 b8931f7
 `dinov2/data/augmentations.py`, `transforms.py`; torchvision `RandomResizedCrop`, `ColorJitter`.
@@ -35,35 +35,37 @@ class MultiCropConfig:
     local_size: int = 96
     """Side of a local crop in pixels."""
     global_crops: int = 2
-    """Global crops per image; those after the first are all drawn as DINO's second."""
+    """Number of global crops per image; all after the first are drawn like DINO's second."""
     local_crops: int = 8
-    """Local crops per image."""
+    """Number of local crops per image."""
     global_scale: Range = (0.4, 1.0)
-    """Share of the image's area that a global crop covers, least and most (DINOv2: 0.32 1.0)."""
+    """Smallest and largest share of the image area that a global crop covers (DINOv2: 0.32 1.0)."""
     local_scale: Range = (0.05, 0.4)
-    """Share of the image's area that a local crop covers, least and most (DINOv2: 0.05 0.32)."""
+    """Smallest and largest share of the image area that a local crop covers (DINOv2: 0.05 0.32)."""
     ratio: Range = (3 / 4, 4 / 3)
-    """Width over height of a crop before resizing, least and most."""
+    """Smallest and largest ratio of width to height of a crop before resizing."""
     flip_probability: float = 0.5
-    """How often a view is mirrored left to right."""
+    """Probability that a view is mirrored left to right."""
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """Strength of brightness, contrast, saturation (factors 1 ± strength) and hue (turns, at most 0.5)."""
+    """Strength of the jitter of brightness, contrast and saturation (factors 1 ± strength) and of hue (in turns, at
+    most 0.5)."""
     jitter_probability: float = 0.8
-    """How often the colours are jittered."""
+    """Probability that the colours of a view are jittered."""
     grayscale_probability: float = 0.2
-    """How often a view loses its colours."""
+    """Probability that a view becomes gray."""
     blur_probabilities: Triple = (1.0, 0.1, 0.5)
-    """How often the first global, the other global and the local crops are blurred."""
+    """Probability of blur in the first global crop, the other global crops and the local crops."""
     blur_radius: Range = (0.1, 2.0)
-    """Standard deviation of the blur in pixels, least and most."""
+    """Smallest and largest standard deviation of the blur in pixels."""
     solarize_probability: float = 0.2
-    """How often values of 128 and above are inverted, in the global crops after the first."""
+    """Probability of solarization (values of 128 and above are inverted) in the global crops after the first."""
     mean: Triple = (0.485, 0.456, 0.406)
-    """Subtracted from red, green and blue on a scale of 0 to 1."""
+    """Mean of red, green and blue that normalisation subtracts, on a scale of 0 to 1."""
     std: Triple = (0.229, 0.224, 0.225)
-    """What they are divided by then."""
+    """Standard deviation of red, green and blue that normalisation divides by, on a scale of 0 to 1."""
     mode: Mode = "v1"
-    """v1: Pillow's blur. v2: a 9-pixel kernel; as released, DINOv2 blurs with one minus each probability."""
+    """Kind of blur: v1 is Pillow's; v2_paper has a 9-pixel kernel; v2_as_released has it too, and blurs with one minus
+    each probability, as DINOv2's released code does."""
 
     def __post_init__(self):
         modes = get_args(Mode)
@@ -89,22 +91,26 @@ class MultiCropConfig:
 
 
 class Views(NamedTuple):
-    """What one view of each image is made with, in the order of application."""
+    """The parameters of one view of each image, in the order of application."""
 
     box: Int[Array, "*views 4"]
-    """Top, left, height and width in whole pixels."""
+    """Top, left, height and width of the crop in whole pixels."""
     flip: Bool[Array, "*views"]
+    """Whether the crop is mirrored."""
     jitter: Bool[Array, "*views"]
-    """Whether the colours are jittered at all."""
+    """Whether the colours are jittered."""
     factors: Float[Array, "*views 4"]
-    """Of brightness, contrast, saturation and hue."""
+    """Factors of brightness, contrast, saturation and hue."""
     order: Int[Array, "*views 4"]
-    """In which 0 brightness, 1 contrast, 2 saturation and 3 hue follow each other."""
+    """Order of the four: a permutation of 0 brightness, 1 contrast, 2 saturation and 3 hue."""
     grayscale: Bool[Array, "*views"]
+    """Whether the view becomes gray."""
     blur: Bool[Array, "*views"]
+    """Whether the view is blurred."""
     radius: Float[Array, "*views"]
     """Standard deviation of the blur in pixels."""
     solarize: Bool[Array, "*views"]
+    """Whether the view is solarized."""
 
 
 def draw_box(
@@ -112,11 +118,12 @@ def draw_box(
 ) -> Int[Array, "4"]:
     """Top, left, height and width of a random crop of an image of `height` × `width` pixels.
 
-    Ten tries of a uniform area and a log-uniform aspect ratio; when none fits, the largest central crop within `ratio`.
+    Area and logarithm of the aspect ratio are uniform. If none of ten draws fits into the image, the box is the largest
+    central crop within `ratio`.
 
     Source: torchvision `RandomResizedCrop.get_params`.
     """
-    # Every function here draws its numbers at once: generators are most of what there is to compile.
+    # Every function here draws all its numbers in one call, because random generators dominate the compile time.
     draws = jax.random.uniform(key, (2 * _CROP_TRIES + 2,))
     area = height * width * (scale[0] + draws[:_CROP_TRIES] * (scale[1] - scale[0]))
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
@@ -133,7 +140,7 @@ def draw_box(
 
 
 def _whole_number(uniform: Array, count: Array | int) -> Array:
-    """One of 0 to count − 1 from a number of [0, 1)."""
+    """A whole number from 0 to count − 1, from a uniform number in [0, 1)."""
     return jnp.floor(uniform * count).astype(jnp.int32)
 
 
@@ -149,7 +156,7 @@ def _central_box(height: int, width: int, ratio: Range) -> tuple[int, int, int, 
 def draw_jitter(
     key: Key[Array, ""], strength: tuple[float, float, float, float]
 ) -> tuple[Float[Array, "4"], Int[Array, "4"]]:
-    """Uniform factors of brightness, contrast, saturation and hue, and a uniform permutation: the order of the four.
+    """Uniform factors of brightness, contrast, saturation and hue, and a random order of the four.
 
     Source: torchvision `ColorJitter.get_params`.
     """
@@ -181,7 +188,7 @@ def draw_view(
     chances: Float[Array, "5"],
     config: MultiCropConfig,
 ) -> Views:
-    """Everything drawn for one view of one image; `chances` as `view_chances` gives them."""
+    """The parameters of one view of one image; `chances` are from `view_chances`."""
     box_key, jitter_key, chance_key = jax.random.split(key, 3)
     draws = jax.random.uniform(chance_key, (6,))
     flip, jitter, grayscale, blur, solarize = draws[:5] < chances
@@ -203,9 +210,9 @@ def draw_view(
 def draw_views(
     key: Key[Array, ""], ids: Int[Array, " batch"], height: int, width: int, config: MultiCropConfig
 ) -> tuple[Views, Views]:
-    """What the global and the local crops are made with, each [crops, batch].
+    """The parameters of the global crops and of the local crops, each [crops, batch].
 
-    Crop c of image i draws from `fold_in(fold_in(key, i), c)`, the local crops counted after the global ones.
+    Crop c of image i draws from `fold_in(fold_in(key, i), c)`; the local crops are numbered after the global ones.
     """
     split, total = config.global_crops, config.global_crops + config.local_crops
     scales = jnp.array([config.global_scale] * split + [config.local_scale] * config.local_crops, jnp.float32)
@@ -223,7 +230,7 @@ def draw_views(
 def apply_views(
     planes: Float[Array, "batch height 3 width"], views: Views, size: int, config: MultiCropConfig
 ) -> Float[Array, "batch {size} {size} 3"]:
-    """One view of each image (`views` over [batch]), normalised, NHWC."""
+    """One normalised view of each image, NHWC; the arrays of `views` have the shape [batch, …]."""
 
     def where(chosen: Array, then: Array, otherwise: Array) -> Array:
         return jnp.where(chosen[:, None, None, None], then, otherwise)
@@ -249,11 +256,10 @@ def multi_crop(
     """The global and the local crops of each image, normalised.
 
     Args:
-        key: of this epoch; with the same key an image always gets the same views.
-        images: RGB, all of one size.
+        key: the key of this epoch; with the same key an image always gets the same views.
+        images: RGB images.
         config: sizes, counts and probabilities.
-        ids: what tells the images apart, whatever the batch or device they are in; their places in the batch if
-            omitted.
+        ids: a number for each image, independent of its batch and device; None numbers the images of the batch.
 
     Source: facebookresearch/dino 7c446df `DataAugmentationDINO.__call__`.
     """
@@ -263,7 +269,7 @@ def multi_crop(
     global_views, local_views = draw_views(key, ids, height, width, config)
 
     def crops(views: Views, size: int) -> Array:
-        # One crop after another: a fraction of the memory, and one body to compile for all crops of a size.
+        # One crop at a time takes a fraction of the memory, and all crops of one size share one compiled body.
         return jax.lax.map(lambda view: apply_views(planes, view, size, config), views)
 
     return crops(global_views, config.global_size), crops(local_views, config.local_size)

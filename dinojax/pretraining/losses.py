@@ -1,4 +1,4 @@
-"""DINO's loss and its center, as functions of arrays; no state.
+"""DINO's loss and its center as stateless functions of arrays.
 
 Source: "Emerging Properties in Self-Supervised Vision Transformers" (arXiv 2104.14294), Eq. 3 and 4, and
 facebookresearch/dino 7c446df `main_dino.DINOLoss`.
@@ -18,7 +18,10 @@ def teacher_probs(
     center: Float[Array, " prototypes"],
     temperature: Float[Array, ""] | float,
 ) -> Float[Array, "global_crops batch prototypes"]:
-    """What the teacher says: its logits, centered and sharpened. No gradient passes. Float32 at least."""
+    """The teacher's probabilities: the softmax of its centered logits over the temperature, without a gradient.
+
+    Computed in float32 at least.
+    """
     logits = logits.astype(at_least_float32(logits.dtype))
     return jax.lax.stop_gradient(jax.nn.softmax((logits - center[None, None]) / temperature, axis=-1))
 
@@ -28,7 +31,10 @@ def updated_center(
     logits: Float[Array, "global_crops batch prototypes"],
     momentum: float = 0.9,
 ) -> Float[Array, " prototypes"]:
-    """The moving average of the raw teacher logits, after the loss of the step has used the old one."""
+    """The moving average of the raw teacher logits; `momentum` is the weight of the old center.
+
+    The loss of the step uses the old center.
+    """
     mean = jnp.mean(logits, axis=(0, 1), dtype=center.dtype)
     return momentum * center + (1 - momentum) * mean
 
@@ -38,16 +44,15 @@ def dino_loss(
     teacher_probs: Float[Array, "global_crops batch prototypes"],
     student_temp: float = 0.1,
 ) -> Float[Array, ""]:
-    """Cross-entropy between teacher and student over all pairs of crops but the equal ones, averaged; in nats.
+    """Mean cross-entropy in nats between teacher and student, over all pairs of different crops.
 
-    The first crops of the student are the teacher's global crops, in the same order. No pair is ever formed: a
-    student crop meets the sum of all teacher crops, less its own, and its log-sum-exp is taken once. The gradient is
-    written out, so that nothing of the logits' size is kept but the logits, in the dtype they have. It reaches the
-    student alone.
+    The first crops of the student are the teacher's global crops, in the same order. No pair is formed: a student crop
+    meets the sum of all teacher crops but its own, and its log-sum-exp is computed once. The gradient is written by
+    hand, so that nothing as large as the logits is kept except the logits. It reaches only the student.
 
     Args:
-        student_logits: raw, of every crop, global ones first.
-        teacher_probs: from `teacher_probs`.
+        student_logits: raw logits of every crop, global crops first.
+        teacher_probs: the result of `teacher_probs`.
         student_temp: divides the student's logits.
 
     Raises:
@@ -61,7 +66,7 @@ def dino_loss(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _summed_cross_entropy(student_logits: Array, teacher_probs: Array, student_temp: float) -> Array:
-    """Over all pairs and images."""
+    """Sum of the cross-entropy over all pairs and images."""
     return _summed_forward(student_logits, teacher_probs, student_temp)[0]
 
 
@@ -95,23 +100,25 @@ def dino_loss_in_chunks(
     *,
     chunk: int,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The same loss where logits do not fit: they are formed `chunk` prototypes at a time, and again for the gradient.
+    """`dino_loss` for logits that do not fit into memory: it computes `chunk` prototypes at a time.
+
+    The logits are computed again for the gradient, which reaches only the student.
 
     Args:
-        student: what the head compares with the student's prototypes, of every crop, global ones first.
-        student_prototypes: the last layer's effective weight.
-        teacher: likewise, of the global crops; no gradient reaches it or the two below.
-        teacher_prototypes: likewise.
+        student: embeddings of every crop from the student's head (`DINOHead.embed`), global crops first.
+        student_prototypes: effective weight of the student's last layer.
+        teacher: embeddings of the global crops from the teacher's head.
+        teacher_prototypes: effective weight of the teacher's last layer.
         center: subtracted from the teacher's logits.
-        teacher_temp: divides them then.
+        teacher_temp: divides the centered logits of the teacher.
         student_temp: divides the student's logits.
-        chunk: divides the number of prototypes.
+        chunk: number of prototypes in a chunk; it must divide the number of prototypes.
 
     Returns:
         The loss and the mean entropy of the teacher's probabilities, both in nats.
 
     Raises:
-        ValueError: as `dino_loss`, or `chunk` does not divide the number of prototypes.
+        ValueError: as for `dino_loss`, or `chunk` does not divide the number of prototypes.
     """
     (crops, batch, _), (prototypes, _) = student.shape, student_prototypes.shape
     pairs = _count_pairs(crops, len(teacher))
@@ -144,7 +151,7 @@ def dino_loss_in_chunks(
 
 
 def entropy(probs: Float[Array, "*batch prototypes"]) -> Float[Array, ""]:
-    """Mean entropy of distributions, in nats."""
+    """Mean entropy of probability distributions, in nats."""
     return jnp.mean(jnp.sum(jax.scipy.special.entr(probs), axis=-1))
 
 
@@ -156,13 +163,13 @@ def _count_pairs(crops: int, global_crops: int) -> int:
 
 
 def _targets(teacher_probs: Array, crops: int) -> Array:
-    """What each student crop is compared with: all teacher crops summed, less its own."""
+    """The target of each student crop: the sum of all teacher crops but its own."""
     own = jnp.pad(teacher_probs, ((0, crops - len(teacher_probs)), (0, 0), (0, 0)))
     return teacher_probs.sum(axis=0, keepdims=True) - own
 
 
 def _scaled(logits: Array, temperature: float) -> Array:
-    """Divided by the temperature, in float32 at least."""
+    """Logits over the temperature, in float32 at least."""
     return logits.astype(at_least_float32(logits.dtype)) / temperature
 
 

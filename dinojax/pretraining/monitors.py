@@ -1,4 +1,4 @@
-"""What tells whether self-distillation is healthy: spread and rank of features, clipped gradients, collapse by name."""
+"""Monitors of self-distillation: spread and rank of the features, norms of the gradients, a diagnosis of collapse."""
 
 import math
 from typing import Any
@@ -9,20 +9,20 @@ from jaxtyping import Array, Float
 
 from dinojax.precision import at_least_float32
 
-# A teacher that says the same of every image: its loss stays at log K, or all features point the same way.
+# Signs of a teacher that answers the same for every image: a loss within this share of log K, or this spread or less.
 _LOSS_MARGIN = 0.01
 _LEAST_SPREAD = 0.05
 
 
 def feature_std(features: Float[Array, "batch dim"]) -> Float[Array, ""]:
-    """Standard deviation over the batch of features of length one, times √dim: near 1 is healthy, near 0 collapse."""
+    """Standard deviation over the batch of features of length one, times √dim: near 1 healthy, near 0 collapsed."""
     features = features.astype(at_least_float32(features.dtype))
     unit = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
     return jnp.sqrt(features.shape[-1]) * jnp.mean(jnp.std(unit, axis=0))
 
 
 def rank_me(features: Float[Array, "images dim"]) -> Float[Array, ""]:
-    """The effective rank of features: the exponential of the entropy of their singular values; 1 to dim.
+    """The effective rank of features, from 1 to dim: the exponential of the entropy of their singular values.
 
     Source: RankMe (arXiv 2210.02885), Eq. 1 and 2, with its ε = 1e-7.
     """
@@ -32,23 +32,26 @@ def rank_me(features: Float[Array, "images dim"]) -> Float[Array, ""]:
 
 
 def gradient_norms(gradients: Any, clip_norm: float | None) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The norm of all gradients, and the share of tensors whose own norm is above `clip_norm` (None or 0: none is)."""
+    """The norm of all gradients together, and the share of tensors with a norm above `clip_norm`.
+
+    The share is 0 if `clip_norm` is None or 0.
+    """
     norms = jnp.stack([jnp.linalg.norm(gradient.ravel()) for gradient in jax.tree.leaves(gradients)])
     clipped = norms > clip_norm if clip_norm else jnp.zeros(norms.shape, bool)
     return jnp.linalg.norm(norms), jnp.mean(clipped, dtype=norms.dtype)
 
 
 def diagnose_collapse(loss: float, feature_std: float, prototypes: int) -> str | None:
-    """A sentence that names a collapse and what to do about it; None where there is none.
+    """A sentence that describes a collapse and what to do about it, or None if there is no sign of one.
 
-    To be asked after the warm-up, with means over some steps: at the start every loss is near log K.
+    Use it after the warm-up, on means over some steps: at the start every loss is near log K.
 
     Args:
-        loss: in nats.
-        feature_std: see `feature_std`.
+        loss: mean loss in nats.
+        feature_std: mean of `feature_std`.
         prototypes: K, the number of prototypes.
 
-    Source: the advice is the authors' own, facebookresearch/dino README and its issues on small data sets.
+    Source: the authors' advice in the README of facebookresearch/dino and in its issues about small data sets.
     """
     uniform = math.log(prototypes)
     if abs(loss - uniform) <= _LOSS_MARGIN * uniform:

@@ -26,20 +26,21 @@ def dino_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW as DINO uses it.
 
-    Every tensor is clipped to `clip_norm` on its own. Biases and other vectors are not decayed; class token, position
-    table and prototypes are. For the first `freeze_last_layer_steps` the head's last layer does not exist for the
-    optimiser: no step, no decay, no moments, and its bias correction starts when it thaws.
+    Each tensor is clipped to `clip_norm` separately. Weight decay applies to all parameters except biases and other
+    vectors, so also to the class token, the position table and the prototypes. During the first
+    `freeze_last_layer_steps` the last layer of the head is frozen: no update, no decay, no moments. Its bias correction
+    starts afterwards.
 
     Args:
-        learning_rate: step → value.
-        weight_decay: step → value.
-        clip_norm: None or 0 leaves clipping out.
+        learning_rate: step → learning rate.
+        weight_decay: step → weight decay.
+        clip_norm: largest norm of a gradient; None or 0 leaves clipping out.
         freeze_last_layer_steps: upstream's `freeze_last_layer` epochs, in steps.
         frozen: names of parameters that never change, such as "weight_g".
     """
 
     def adamw(delay: int) -> optax.GradientTransformation:
-        """For parameters whose first step is step `delay` of the training."""
+        """AdamW for parameters whose first update is at step `delay` of the training."""
         return optax.chain(
             clip_by_tensor_norm(clip_norm) if clip_norm else optax.identity(),
             optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
@@ -66,7 +67,7 @@ def dino_optimizer(
 
 
 def clip_by_tensor_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scales every tensor by min(1, max_norm / (‖g‖ + 1e-6)), each on its own."""
+    """Scales each tensor g by min(1, max_norm / (‖g‖ + 1e-6))."""
 
     def clip(gradient: Array) -> Array:
         norm = jnp.linalg.norm(gradient.ravel())
@@ -76,12 +77,12 @@ def clip_by_tensor_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def is_decayed(params: Any) -> Any:
-    """Which parameters are decayed: all but biases and other vectors."""
+    """A mask of the parameters with weight decay: all except biases and other vectors."""
     return jax.tree_util.tree_map_with_path(
         lambda path, param: _names(path)[-1] != "bias" and jnp.ndim(param) > 1, params
     )
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:
-    """The names along a path through nested dictionaries; a Flax variable's own `.value` is none."""
+    """The names along a path through nested dictionaries, without the `.value` of a Flax variable."""
     return [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]

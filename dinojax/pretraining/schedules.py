@@ -1,4 +1,4 @@
-"""Values that change over training: step → value, usable inside jit and as optax schedules.
+"""Schedules: functions step → value, for use inside jit and as optax schedules.
 
 Source: facebookresearch/dino 7c446df `utils.cosine_scheduler` and `main_dino.DINOLoss`.
 """
@@ -16,17 +16,17 @@ def cosine_schedule(
 ) -> Schedule:
     """Linear warm-up from `start_value` to `base_value`, both included, then a cosine towards `final_value`.
 
-    The cosine divides by the number of steps, not by one less, so the last step is still a little short of
-    `final_value`, as upstream. Steps beyond the last one keep the last value.
+    As upstream, the cosine divides by the number of steps, so the last step is slightly short of `final_value`. Later
+    steps keep the last value.
 
     Raises:
-        ValueError: a warm-up longer than the whole.
+        ValueError: the warm-up is longer than `total_steps`.
     """
     if not 0 <= warmup_steps <= total_steps:
         raise ValueError(f"warmup_steps={warmup_steps} is not between 0 and total_steps={total_steps}")
 
     def value(step: Int[Array, ""] | int) -> Float[Array, ""]:
-        # In the default float: 32-bit counters would otherwise give 32-bit values also where jax computes in 64.
+        # In the default float: 32-bit counters would otherwise give 32-bit values even if jax computes in 64 bits.
         step = jnp.minimum(jnp.asarray(step).astype(float), total_steps - 1)
         warmup = start_value + (base_value - start_value) * step / max(warmup_steps - 1, 1)
         progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -37,7 +37,7 @@ def cosine_schedule(
 
 
 def teacher_temp_schedule(warmup_value: float, value: float, *, warmup_epochs: int, steps_per_epoch: int) -> Schedule:
-    """The teacher's temperature: it rises linearly with the epoch, constant within one, and then stays."""
+    """The teacher's temperature: it rises linearly from epoch to epoch, and stays at `value` after the warm-up."""
 
     def temperature(step: Int[Array, ""] | int) -> Float[Array, ""]:
         epoch = (jnp.asarray(step) // steps_per_epoch).astype(float)

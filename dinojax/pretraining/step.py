@@ -1,6 +1,6 @@
-"""The DINO step: student and teacher on all crops, loss, optimiser, moving averages, as one pure function.
+"""The DINO training step as one pure function: networks on all crops, loss, optimiser, moving averages.
 
-`make_train_step` starts from crops, `make_pretrain_steps` from raw pixels that lie on the device.
+`make_train_step` starts from crops, `make_pretrain_steps` from raw pixels on the device.
 
 Source: facebookresearch/dino 7c446df `main_dino.train_one_epoch`, `utils.MultiCropWrapper`.
 """
@@ -29,7 +29,12 @@ Metrics = dict[str, Array]
 
 
 class DINO(Module):
-    """A backbone and a head; crops of one size pass the backbone together, all crops the head together."""
+    """A backbone and a head. The backbone takes crops of one size together, the head takes all crops together.
+
+    Args:
+        backbone: computes the features of each crop.
+        head: computes logits from class tokens.
+    """
 
     def __init__(self, backbone: VisionTransformer, head: DINOHead):
         self.backbone = backbone
@@ -38,7 +43,7 @@ class DINO(Module):
     def __call__(
         self, crops: Sequence[Crops], *, key: Key[Array, ""] | None = None, remat: bool = False
     ) -> Float[Array, "crops batch prototypes"]:
-        """Logits of groups of crops, each group of one size, in the order given."""
+        """Logits of groups of crops, in the given order; the crops of a group have one size."""
         return self.head(self.features(crops, key=key, remat=remat))
 
     def features(
@@ -58,7 +63,7 @@ class DINO(Module):
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step; one pytree, which is the checkpoint."""
+    """Everything that changes from step to step, as one pytree; a checkpoint holds exactly this."""
 
     step: Int[Array, ""]
     student: PyTree
@@ -68,14 +73,14 @@ class TrainState(NamedTuple):
 
 
 class BatchStatistics(NamedTuple):
-    """What the teacher and the loss of one batch leave behind for the center and the monitors."""
+    """Numbers of one batch for the center and the monitors."""
 
     loss: Float[Array, ""]
     teacher_entropy: Float[Array, ""]
     teacher_logits: Float[Array, " prototypes"]
-    """Mean over crops and images."""
+    """The teacher's raw logits, averaged over crops and images."""
     feature_std: Float[Array, ""]
-    """Of the teacher's class tokens of the first global crop."""
+    """`feature_std` of the teacher's class tokens of the first global crop."""
 
 
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
@@ -112,22 +117,28 @@ def make_train_step(
     """Returns `train_step(state, crops, key) -> (state, metrics)`, pure, to be jitted by the caller.
 
     Args:
-        model: gives the architecture alone; the parameters are in the state.
+        model: gives only the architecture; the parameters are in the state.
         optimizer: see `dinojax.pretraining.optim.dino_optimizer`.
-        teacher_temp: step → the teacher's temperature.
-        teacher_momentum: step → weight of the old teacher in the moving average.
+        teacher_temp: step → temperature of the teacher.
+        teacher_momentum: step → weight of the old teacher in its moving average.
         student_temp: divides the student's logits.
-        center_momentum: weight of the old center.
-        clip_norm: as the optimizer has it; only the monitor counts with it.
-        compute_dtype: networks compute in it, such as bfloat16 on a GPU; parameters, loss and center stay as they are.
-        accumulation_steps: so many parts of the batch follow each other, and their gradients are averaged: the same
-            step with less memory.
-        remat: keep only what enters each block, and compute the rest again for the gradient.
-        prototype_chunk: form the logits so many prototypes at a time, see `dino_loss_in_chunks`.
+        center_momentum: weight of the old center in its moving average.
+        clip_norm: the optimizer's bound, which the metric clipped_share uses.
+        compute_dtype: dtype in which the networks compute, such as bfloat16 on a GPU; parameters, loss and center keep
+            theirs.
+        accumulation_steps: number of equal parts into which the batch is split. They are computed one after the other,
+            and their gradients averaged: the same step with less memory.
+        remat: keep only the input of each block, and compute its activations again for the gradient.
+        prototype_chunk: number of prototypes whose logits are computed together, see `dino_loss_in_chunks`; None
+            computes all at once.
 
-    The step takes groups of crops, the global ones first, and a key for drop path (None for none). Its metrics are
-    scalars: loss, teacher_entropy and kl in nats (the loss is the sum of both), center_norm, feature_std, gradient_norm
-    before clipping, and clipped_share of the tensors.
+    The step takes groups of crops, the global crops first, and a key for drop path (None leaves it out). Its metrics
+    are scalars: loss, teacher_entropy and kl in nats (the loss is the sum of the other two), center_norm, feature_std,
+    gradient_norm before clipping, and clipped_share, the share of tensors that are clipped.
+
+    Raises:
+        ValueError: when the step is traced, if `accumulation_steps` does not divide the batch, or `prototype_chunk` the
+            number of prototypes.
     """
     gradients_of = _make_gradients(
         model,
@@ -177,7 +188,7 @@ def _make_gradients(
     remat: bool,
     prototype_chunk: int | None,
 ) -> Callable[[TrainState, Sequence[Crops], Array | None], tuple[PyTree, BatchStatistics]]:
-    """Returns `gradients_of(state, crops, key)`: of the loss of one batch by the student's parameters."""
+    """Returns `gradients_of(state, crops, key)`: the gradients of the loss by the student's parameters."""
     graphdef, _ = nnx.split(model, nnx.Param)
 
     def network(parameters: PyTree) -> DINO:
@@ -214,35 +225,35 @@ def _make_gradients(
 
 
 def _split(crops: Sequence[Crops], parts: int) -> list[Array]:
-    """Each group of crops as "parts crops images …", the images of a part side by side in the batch."""
+    """Each group of crops as "parts crops images …"; the images of a part are neighbours in the batch."""
     images = part_size(crops[0].shape[1], parts)
     return [jnp.moveaxis(x.reshape(len(x), parts, images, *x.shape[2:]), 1, 0) for x in crops]
 
 
 class Batches(NamedTuple):
-    """Which images the next steps take."""
+    """The images of the next steps."""
 
     rows: Int[Array, "steps batch"]
-    """Where they lie in the images given."""
+    """Their rows in the given images."""
     ids: Int[Array, "steps batch"]
-    """What tells them apart in the whole data set, so that an image gets the same views wherever it lies."""
+    """Their numbers in the whole data set, so that the views of an image do not depend on its row."""
     epochs: Int[Array, " steps"]
-    """The epoch of each step; an image gets new views in each."""
+    """The epoch of each step; an image gets new views in every epoch."""
 
 
 def make_pretrain_steps(
     train_step: TrainStep, crops: MultiCropConfig, key: Key[Array, ""], *, drop_path: bool
 ) -> Callable[[TrainState, UInt8[Array, "images height width 3"], Batches, Int[Array, ""] | int], tuple]:
-    """Returns `steps(state, images, batches, count) -> (state, metrics)`: augmentation and step, `count` times over.
+    """Returns `steps(state, images, batches, count) -> (state, metrics)`: `count` times augmentation and training step.
 
     Args:
         train_step: from `make_train_step`.
         crops: see `multi_crop`.
-        key: of the whole run; what a step draws follows from it, the epoch and the step alone.
-        drop_path: whether the student's drop path is drawn.
+        key: the key of the whole run; a step draws from it, the epoch and the step number only.
+        drop_path: whether the student drops paths.
 
-    `batches` may hold more steps than are taken; the metrics of those are zero. One program thus serves the last,
-    shorter part of an epoch as well.
+    `batches` may hold more than `count` steps; the metrics of the others are zero. This way one compiled program also
+    serves the last, shorter part of an epoch.
     """
     crop_key, drop_key = jax.random.split(key)
 
@@ -255,7 +266,7 @@ def make_pretrain_steps(
         state: TrainState, images: Array, batches: Batches, count: Int[Array, ""] | int
     ) -> tuple[TrainState, Metrics]:
         most = len(batches.epochs)
-        if most == 1:  # a loop of one step would only keep XLA from fusing across its border
+        if most == 1:  # a loop over one step would only keep XLA from fusing across its border
             state, metrics = one(state, images, jax.tree.map(lambda x: x[0], batches))
             return state, jax.tree.map(lambda x: x[None], metrics)
 

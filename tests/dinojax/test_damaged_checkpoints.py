@@ -111,7 +111,7 @@ def test_no_sound_checkpoint_is_the_users_to_decide(tmp_path):
     with (
         TrainingCheckpoints(tmp_path) as checkpoints,
         pytest.raises(
-            UserError, match=f"{tmp_path} holds no sound checkpoint.*remove the folder to start anew or name"
+            UserError, match=f"{tmp_path} holds no sound checkpoint.*remove the folder to start again or name"
         ),
     ):
         checkpoints.restore(LIKE)

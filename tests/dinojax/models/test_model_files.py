@@ -53,7 +53,7 @@ def test_saving_again_replaces(model, tmp_path):
 @pytest.mark.parametrize("name", ["thesis.txt", "config.json"])
 def test_other_folders_are_never_replaced(model, tmp_path, name):
     (tmp_path / name).write_text('{"model_type": "years of work"}')
-    with pytest.raises(UserError, match="is no model of dinojax"):
+    with pytest.raises(UserError, match="is not a model of dinojax"):
         save(model, tmp_path)
     assert (tmp_path / name).exists()
 
@@ -70,7 +70,7 @@ def test_a_flipped_byte_is_noticed(model, tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"config": {}}', '{"config": {"sides": 6}, "sha256": ""}'])
 def test_a_broken_configuration_is_named(model, tmp_path, text):
     (save(model, tmp_path / "model") / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json is no model configuration"):
+    with pytest.raises(UserError, match=r"config\.json is not a model configuration"):
         load(tmp_path / "model")
 
 

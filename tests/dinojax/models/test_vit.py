@@ -75,7 +75,7 @@ def test_attention_rows_are_distributions():
 def test_dinov2_refuses_what_dino_cuts_off():
     odd = images(35, 50)
     np.testing.assert_array_equal(model()(odd).cls_token, model()(odd[:, :32, :48]).cls_token)
-    with pytest.raises(ValueError, match="35×50 px are no multiple of the patch size 8"):
+    with pytest.raises(ValueError, match="35×50 px are not a multiple of the patch size 8"):
         model(V2)(odd)
     with pytest.raises(ValueError, match="smaller than one patch"):
         model()(images(4, 32))
