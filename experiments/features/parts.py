@@ -1,4 +1,4 @@
-"""The features of images, by name: what a backbone makes of an image, or its raw pixels."""
+"""The features of images, by name: what a backbone computes from them, or their raw pixels."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

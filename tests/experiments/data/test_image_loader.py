@@ -183,7 +183,7 @@ def test_resizing_to_a_square_is_bilinear_and_antialiased():
 
 
 def test_large_photographs_may_be_decoded_at_a_part_of_their_size(tmp_path):
-    """A photograph turned by the camera, and a file that is no JPEG, which stays as it is."""
+    """A photograph turned by the camera, and a file that is not a JPEG, which is decoded whole."""
     photo = Image.fromarray(reference.photo_like(72, 96)[0]).resize((1120, 800), Image.Resampling.BICUBIC)
     exif = Image.Exif()
     exif[0x0112] = 6
