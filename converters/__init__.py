@@ -1,4 +1,4 @@
-"""Official PyTorch checkpoints in, Flax modules out, and back. The only code that imports torch."""
+"""Conversion of official PyTorch checkpoints to Flax modules, and back. The only code that imports torch."""
 
 from converters.pretrained import load_pretrained
 from converters.torch_to_flax import from_torch, head_from_torch, to_torch

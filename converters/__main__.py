@@ -1,4 +1,4 @@
-"""`python -m converters NAME|FILE|FOLDER`: PyTorch weights → a folder that `dinojax.load` reads, or back, proven."""
+"""`python -m converters NAME|FILE|FOLDER`: converts PyTorch weights to a folder for `dinojax.load`, or back."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -26,48 +26,48 @@ from dinojax.models.files import is_model_folder, load, named_parameters, shippe
 from dinojax.models.variants import VARIANTS
 from dinojax.models.vit import VisionTransformer
 
-_DESCRIPTION = """Converts DINO and DINOv2 weights from PyTorch to Flax, and models of dinojax to PyTorch.
+_DESCRIPTION = """Convert DINO and DINOv2 weights from PyTorch to Flax, and dinojax models to PyTorch.
 
-  python -m converters dinov2_vits14            download the official file, convert it, keep the result in the cache
-  python -m converters dinov2_vits14 --verify   the same, and compare every output with PyTorch first
-  python -m converters checkpoint.pth           convert a file of your own into the folder checkpoint-flax beside it
-  python -m converters model.safetensors --name dinov2_vitb14   refuse it unless it is a ViT-B/14
-  python -m converters runs/mine/teacher --out teacher.pth      a trained model, under the official names
+  python -m converters dinov2_vits14            download the official file, convert it, store the result in the cache
+  python -m converters dinov2_vits14 --verify   the same, after comparing every output with PyTorch
+  python -m converters checkpoint.pth           convert your own file to the folder checkpoint-flax next to it
+  python -m converters model.safetensors --name dinov2_vitb14   the same, for a file that must be a ViT-B/14
+  python -m converters runs/mine/teacher --out teacher.pth      write a trained model under the official names
 
-Afterwards: model = dinojax.load(FOLDER), or converters.load_pretrained(NAME); in PyTorch
+Then use dinojax.load(FOLDER) or converters.load_pretrained(NAME), or in PyTorch
 torch.hub.load("facebookresearch/dinov2", NAME, pretrained=False).load_state_dict(torch.load(FILE)).
 
-Exit code 0 is success, 1 a difference above the bound under --verify (nothing is written then), 2 a mistake that the
-message explains."""
+The exit code is 0 for success, 1 if --verify finds a difference above its bound (nothing is written), and 2 for a
+mistake that the message explains."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to convert, and where to."""
+    """What to convert, and where to write it."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|FILE|FOLDER")]
-    """A published model by its torch.hub name (dino_vits16 … dinov2_vitg14_reg); or a .pth or .safetensors file, also
-    a training checkpoint; or a Hugging Face folder. From a folder that dinojax wrote, or dinojax_vitt, the model inside
-    the package, it goes back to PyTorch."""
+    """Weights to convert: a published model by its torch.hub name (dino_vits16 … dinov2_vitg14_reg), a .pth or
+    .safetensors file (a training checkpoint too), or a Hugging Face folder. A folder that dinojax wrote, or the model
+    dinojax_vitt in the package, is converted to PyTorch."""
     out: Path | None = None
-    """Folder to write. Default: the cache for a NAME; for a FILE a folder beside it, named FILE-flax. Back to PyTorch:
-    the .pth or .safetensors file to write."""
+    """Folder to write, or the .pth or .safetensors file when converting to PyTorch. None takes the cache for a NAME,
+    and for a FILE the folder FILE-flax next to it."""
     name: str | None = None
-    """For a FILE or FOLDER: the model it must be. Without it the architecture is read off the shapes."""
+    """Published model whose architecture a FILE or FOLDER must have. None infers the architecture from the shapes."""
     which: Literal["teacher", "student"] = "teacher"
-    """For a training checkpoint: the network to take. DINO's results are the teacher's."""
+    """Network to take from a training checkpoint. DINO's results are the teacher's."""
     num_heads: int | None = None
-    """For a FILE: number of attention heads, which shapes do not tell. Default: config.json beside it, else one head
-    for every 64 channels, as in all published models."""
+    """Number of attention heads in a FILE, which its shapes do not determine. None takes it from the config.json next
+    to the file, or else one head per 64 channels, as in all published models."""
     verify: bool = False
-    """Run PyTorch and Flax on the same images and print the largest difference of every output. Needs transformers;
-    upstream's own code is compared too where GitHub can be reached (torch.hub downloads and runs it)."""
+    """Run PyTorch and Flax on the same images, and print the largest difference of each output. Needs transformers.
+    Upstream's own code is compared too if GitHub can be reached (torch.hub downloads and runs it)."""
     cache_dir: Path | None = None
-    """Default: $DINOJAX_CACHE, else ~/.cache/dinojax."""
+    """Folder of downloads and converted models. None takes $DINOJAX_CACHE, or else ~/.cache/dinojax."""
 
 
 def run(config: Config) -> bool:
-    """Converts and prints; False means that `--verify` found a difference above its bound, and nothing was written."""
+    """Converts and prints. False means that `--verify` found a difference above its bound; then nothing is written."""
     if config.num_heads is not None and config.num_heads < 1:
         raise UserError(f"--num-heads {config.num_heads} is not a positive number")
     if config.name is not None:
@@ -77,7 +77,7 @@ def run(config: Config) -> bool:
     if shipped or (is_file and is_model_folder(folder)):
         return _export(config, folder)
     if is_file and not Path(config.source).expanduser().exists() and not any(c in config.source for c in "./\\"):
-        variant(config.source)  # most likely a misspelt name: its error suggests others
+        variant(config.source)  # most likely a misspelled name; the error suggests others
     return _convert_file(config) if is_file else _convert_published(config)
 
 
@@ -92,7 +92,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def _convert_published(config: Config) -> bool:
     name, folder = config.source, config.out or model_folder(config.source, config.cache_dir)
     if config.name not in (None, name):
-        raise UserError(f"--name {config.name} beside the published model {name}: --name is for files")
+        raise UserError(f"--name {config.name} was given with the published model {name}: --name is for files")
     _raise_if_foreign(folder)
     if not config.verify:
         model = load_pretrained(name, cache_dir=config.cache_dir)
@@ -131,7 +131,9 @@ def _export(config: Config, folder: Path) -> bool:
             "for PyTorch"
         )
     if config.num_heads is not None or config.which != "teacher":
-        raise UserError(f"--num-heads and --which are for weight files, and {folder} is one network that knows its own")
+        raise UserError(
+            f"--num-heads and --which are for weight files; {folder} is a single network whose heads are known"
+        )
     file = config.out.expanduser()
     raise_unless_new(file)
     model = load(folder)
@@ -146,9 +148,9 @@ def _export(config: Config, folder: Path) -> bool:
 
 
 def _raise_if_foreign(folder: Path) -> None:
-    """Before minutes of work, not after."""
+    """Refuses a folder that holds something else, before minutes of work."""
     if folder.exists() and not is_model_folder(folder):
-        raise UserError(f"{folder} exists and is no converted model; name another folder with --out")
+        raise UserError(f"{folder} exists and is not a converted model; name another folder with --out")
 
 
 def _equals_pytorch(model: VisionTransformer, checkpoint: Mapping[str, Any], config: Config) -> bool:

@@ -1,4 +1,4 @@
-"""One file over HTTP: resumable, verified, and in place only when it is whole."""
+"""Downloads of one file over HTTP: resumable, verified, and in place only when complete."""
 
 import errno
 import hashlib
@@ -16,17 +16,20 @@ _CHUNK = 1 << 20
 
 
 def download(url: str, target: Path, *, size: int | None = None, sha256: str | None = None) -> Path:
-    """Fetches `url` to `target`, with a progress bar, going on from what an earlier call left in `target.part`.
+    """Downloads `url` to `target` with a progress bar, and resumes what an earlier call left in `target.part`.
 
     Args:
-        url: http or https.
-        target: the file to make; its folder is made too.
-        size: expected bytes; None compares with what the server announces alone.
-        sha256: expected digest in hexadecimal; None compares nothing.
+        url: an http or https address.
+        target: the file to write; its folder is created.
+        size: expected size in bytes; None compares only with the size that the server announces.
+        sha256: expected digest in hexadecimal; None skips the comparison.
+
+    Returns:
+        `target`.
 
     Raises:
-        UserError: unreachable, not found, a web page in place of the file, cut off (what arrived is kept), another
-            size or digest than expected (what arrived is removed), or a disk without room.
+        UserError: the file cannot be reached or found, a web page came instead of it, the connection broke (what
+            arrived is kept), size or digest are not the expected ones (what arrived is removed), or the disk is full.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".part")
@@ -34,7 +37,7 @@ def download(url: str, target: Path, *, size: int | None = None, sha256: str | N
         offset = partial.stat().st_size if response.status == 206 else 0
         total = _announced_total(response, offset)
         if size is not None and total not in (None, size):
-            raise UserError(f"{url} is announced with {total} bytes where {size} are published: not the official file")
+            raise UserError(f"{url} is announced with {total} bytes, but {size} are published: not the official file")
         _remember_version(partial, response)
         raise_unless_room(target.parent, (total or size or 0) - offset)
         _receive(response, partial, offset, total or size, url)
@@ -45,11 +48,11 @@ def download(url: str, target: Path, *, size: int | None = None, sha256: str | N
 
 
 def _request(url: str, partial: Path) -> HTTPResponse:
-    """The open answer: 206 goes on where `partial` ends, 200 starts anew."""
+    """The open response: status 206 resumes where `partial` ends, 200 starts again."""
     version = _version_file(partial)
     headers, offset = {"User-Agent": "dinojax"}, 0
     if partial.is_file() and version.is_file():
-        # Without If-Range a file that changed on the server meanwhile would be glued to the old beginning.
+        # Without If-Range, a file that has changed on the server would be appended to the old beginning.
         offset = partial.stat().st_size
         headers |= {"Range": f"bytes={offset}-", "If-Range": version.read_text()}
     try:
@@ -77,7 +80,7 @@ def _request(url: str, partial: Path) -> HTTPResponse:
 
 
 def reachable(url: str, seconds: float = 4.0) -> bool:
-    """Whether a server answers for `url` in time, be it that it refuses."""
+    """Whether a server answers for `url` in time; a refusal counts as an answer."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
     except urllib.error.HTTPError as refusal:
@@ -97,7 +100,7 @@ def _version_file(partial: Path) -> Path:
 
 
 def _remember_version(partial: Path, response: HTTPResponse) -> None:
-    """Keeps the server's name for this very content, if it gives a strong one: only then may a later call go on."""
+    """Keeps the server's strong name of this version of the file; without one, a later call cannot resume."""
     etag = response.headers.get("ETag", "")
     version = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
     if version:
@@ -107,12 +110,12 @@ def _remember_version(partial: Path, response: HTTPResponse) -> None:
 
 
 def raise_unless_room(folder: Path, needed: int) -> None:
-    """Refuses to begin what the disk of `folder` (made later, perhaps) cannot hold; `needed` is in bytes."""
+    """Refuses to write `needed` bytes to `folder`, which need not exist yet, if its disk is too full."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"{folder} has {free / 1e6:.0f} MB left where {needed / 1e6:.0f} MB are needed; make room")
+        raise UserError(f"{folder} has {free / 1e6:.0f} MB left, but {needed / 1e6:.0f} MB are needed; make room")
 
 
 def _receive(response: HTTPResponse, partial: Path, offset: int, total: int | None, url: str) -> None:
@@ -136,7 +139,7 @@ def _receive(response: HTTPResponse, partial: Path, offset: int, total: int | No
     if total is not None and arrived < total:
         raise UserError(
             f"the download of {url} stopped after {arrived} of {total} bytes ({problem}); "
-            "run the same command again and it goes on from there"
+            "run the same command again to resume"
         )
 
 
@@ -144,9 +147,9 @@ def _verify(partial: Path, url: str, size: int | None, sha256: str | None) -> No
     """Compares what arrived with what was expected, and removes it if it differs."""
     problem = None
     if size is not None and partial.stat().st_size != size:
-        problem = f"{partial.stat().st_size} bytes arrived where {size} were expected"
+        problem = f"{partial.stat().st_size} bytes arrived, but {size} were expected"
     elif sha256 is not None and (digest := sha256_of(partial)) != sha256:
-        problem = f"its SHA-256 is {digest[:12]}… where {sha256[:12]}… is on record"
+        problem = f"its SHA-256 is {digest[:12]}…, but {sha256[:12]}… is on record"
     if problem:
         partial.unlink()
         _version_file(partial).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Models of ours → weight files for PyTorch, under the official names."""
+"""dinojax models → weight files for PyTorch, under the official names."""
 
 import tempfile
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ def export(state: Mapping[str, np.ndarray], file: Path) -> None:
     """Writes a state dict, whole or not at all.
 
     Args:
-        state: from `to_torch`.
-        file: does not exist yet; what `torch.load` reads if it ends in .pth, or .safetensors.
+        state: the result of `to_torch`.
+        file: a new file; the suffix .pth gives a file for `torch.load`, .safetensors one for safetensors.
 
     Raises:
-        UserError: another ending, the file exists or cannot be written, or torch is missing for a .pth.
+        UserError: another suffix, the file exists or cannot be written, or a .pth file needs torch, which is missing.
     """
     raise_unless_new(file)
     torch = import_torch() if file.suffix == ".pth" else None
@@ -41,7 +41,7 @@ def export(state: Mapping[str, np.ndarray], file: Path) -> None:
 
 
 def raise_unless_new(file: Path) -> None:
-    """Before anything is read or computed."""
+    """Refuses a file that exists or has another suffix, before anything is read or computed."""
     if file.suffix not in SUFFIXES:
         raise UserError(f"{file} ends in neither {' nor '.join(SUFFIXES)}, which weight files for PyTorch do")
     if file.exists():

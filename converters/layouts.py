@@ -1,6 +1,6 @@
-"""What surrounds the official names in checkpoint files, undone: wrappers, prefixes, block chunks, Hugging Face names.
+"""Reduces checkpoint files to official names: without wrappers, prefixes, block chunks and Hugging Face names.
 
-Layouts seen in the wild: a bare backbone; DINO training checkpoints `{"student": …, "teacher": …, "args": …}` whose
+Known layouts: a bare backbone; DINO training checkpoints `{"student": …, "teacher": …, "args": …}` whose
 entries hold `backbone.*` and `head.*`, the student's under `module.`; DINOv2 training checkpoints with
 `teacher.backbone.*`, `teacher.dino_head.*` and chunked blocks (`blocks.CHUNK.INDEX.*`, the index counting through all
 chunks); Hugging Face's DINO and DINOv2 files.
@@ -20,7 +20,7 @@ _PREFIXES = {
     "backbone": ("module.", "_orig_mod.", "backbone.", "dinov2.", "dinov2_with_registers."),
     "head": ("module.", "_orig_mod.", "head.", "dino_head."),
 }
-# What may stand beside the part that is wanted; anything else is an extra tensor and reported as such.
+# Prefixes of other parts that a checkpoint may hold; anything else is reported as an extra tensor.
 _COMPANIONS = ("backbone.", "head.", "dino_head.", "ibot_head.", "dino_loss.", "ibot_patch_loss.", "classifier.")
 _POOLER = "pooler."  # Hugging Face's plain ViT has one; DINO was trained without
 
@@ -46,20 +46,21 @@ _HUGGING_FACE = [
         (r"\.mlp\.(weights_out|down_proj)\.", ".mlp.w3."),
     )
 ]
-# Hugging Face keeps apart what upstream fuses, along the output axis and in this order.
+# Hugging Face stores these separately; upstream fuses them along the output axis in this order.
 _FUSED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.gate_proj", "mlp.up_proj")}
 
 
 def part_of_checkpoint(checkpoint: Mapping[str, Any], *, part: str, which: str) -> dict[str, np.ndarray]:
-    """The tensors of one network's backbone or head as numpy arrays under bare official names.
+    """The tensors of the backbone or the head of one network: bare official name → numpy array.
 
     Args:
-        checkpoint: a state dict or what wraps one.
+        checkpoint: a state dict, or dictionaries around one.
         part: "backbone" or "head".
         which: "teacher" or "student", for checkpoints that hold both.
 
     Raises:
-        UserError: no such network in the checkpoint, two tensors with one name, or values that are no float tensors.
+        UserError: there is no such network in the checkpoint, two tensors have the same name, or a value is not a
+            float tensor.
     """
     if which not in ("teacher", "student"):
         raise UserError(f"which={which!r} is not 'teacher' or 'student'")
@@ -83,7 +84,7 @@ def _unwrap(checkpoint: Mapping[str, Any], which: str) -> Mapping[str, Any]:
 
 
 def _strip(tensors: Mapping[str, Any], part: str, which: str) -> dict[str, Any]:
-    """Removes prefixes, and what belongs to the other network or the other part."""
+    """Removes prefixes, and the tensors of the other network and the other part."""
     tensors = dict(tensors)
     networks = {name.split(".")[0] for name in tensors} & {"teacher", "student"}
     if networks and which not in networks:
@@ -102,9 +103,9 @@ def _to_numpy(name: str, tensor: Any) -> np.ndarray:
         tensor = tensor.detach().cpu()
         tensor = (tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor).numpy()
     if not isinstance(tensor, np.ndarray):
-        raise UserError(f"{name} is of type {type(tensor).__name__} where a tensor was expected")
+        raise UserError(f"{name} is of type {type(tensor).__name__} but a tensor was expected")
     if not jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating):
-        raise UserError(f"{name} holds {tensor.dtype} where floating-point numbers were expected")
+        raise UserError(f"{name} holds {tensor.dtype} but floating-point numbers were expected")
     return tensor if tensor.dtype == np.float64 else tensor.astype(np.float32)
 
 

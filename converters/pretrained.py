@@ -1,4 +1,4 @@
-"""`load_pretrained(name)`: cache, or official download, or a local file → verified → converted → a Flax model."""
+"""`load_pretrained(name)`: a Flax model from the cache, from the official download or from a local file."""
 
 import dataclasses
 import difflib
@@ -26,19 +26,19 @@ def load_pretrained(
 ) -> VisionTransformer:
     """A published model by its torch.hub name, such as "dinov2_vits14", or "dinojax_vitt", which is in the package.
 
-    The first call downloads the official file, converts it and keeps the result; later ones read that, without torch
-    and without the network.
+    The first call downloads the official file, converts it and stores the result. Later calls read the result, without
+    torch and without the network.
 
     Args:
         name: a key of `dinojax.VARIANTS`.
-        weights: a local file to use in place of the download, and of the cache: `.pth`, `.safetensors`, a Hugging Face
-            folder, or a folder written by `dinojax.save`. It must have the architecture of `name`.
-        cache_dir: default `$DINOJAX_CACHE`, else `~/.cache/dinojax`. `$DINOJAX_WEIGHTS_URL` names a mirror of
-            https://dl.fbaipublicfiles.com.
+        weights: a local file instead of the download and the cache: `.pth`, `.safetensors`, a Hugging Face folder, or
+            a folder written by `dinojax.save`. It must have the architecture of `name`.
+        cache_dir: folder of downloads and converted models; None takes `$DINOJAX_CACHE`, or else `~/.cache/dinojax`.
+            `$DINOJAX_WEIGHTS_URL` names a mirror of https://dl.fbaipublicfiles.com.
 
     Raises:
-        UserError: an unknown name; no network, a failed download; a damaged file, one that holds code, one of another
-            architecture, or one with values that are not finite; torch is needed and missing.
+        UserError: the name is unknown; the download fails; the file is damaged, holds code, has another architecture or
+            values that are not finite; or torch is needed and missing.
     """
     variant(name)
     if weights is not None:
@@ -55,12 +55,12 @@ def load_pretrained(
 
 
 def model_folder(name: str, cache_dir: str | Path | None = None) -> Path:
-    """Where the converted model is kept."""
+    """The folder of the converted model in the cache."""
     return _cache(cache_dir) / "models" / name
 
 
 def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
-    """Downloads the official file of a model, unless it is there.
+    """Downloads the official file of a model, unless the cache has it.
 
     Raises:
         UserError: no weights were published under `name`, or the download failed.
@@ -87,7 +87,11 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
 def fetch_converted(
     name: str, cache_dir: str | Path | None = None
 ) -> tuple[Path, Mapping[str, Any], VisionTransformer]:
-    """The official file of a model, its tensors as they are in it, and the model made of them."""
+    """The official file of a model, its tensors as stored, and the converted model.
+
+    Raises:
+        UserError: the download fails, or the file cannot be used; a bad file is removed.
+    """
     file = fetch(name, cache_dir)
     try:
         state_dict = read_state_dict(file)
@@ -100,7 +104,11 @@ def fetch_converted(
 
 
 def read_model(path: str | Path, *, num_heads: int | None = None, which: str = "teacher") -> VisionTransformer:
-    """Reads a model from a PyTorch or Hugging Face file, or from a folder written by `dinojax.save`."""
+    """Reads a model from a PyTorch file, a Hugging Face folder, or a folder written by `dinojax.save`.
+
+    Raises:
+        UserError: there is no such file, or it cannot be used.
+    """
     path = Path(path).expanduser()
     if is_model_folder(path):
         return load(path)
@@ -110,10 +118,10 @@ def read_model(path: str | Path, *, num_heads: int | None = None, which: str = "
 def convert(
     state_dict: Mapping[str, Any], label: str, *, num_heads: int | None = None, which: str = "teacher"
 ) -> VisionTransformer:
-    """`from_torch` with the file's name in its errors; values that are not finite are refused too."""
+    """`from_torch` with `label` in its errors; it also refuses values that are not finite."""
     try:
         model = from_torch(state_dict, num_heads=num_heads, which=which)
-    except ValueError as error:  # a UserError, or shapes that are no configuration
+    except ValueError as error:  # a UserError, or shapes that do not make a configuration
         raise UserError(f"{label}: {_shortened(str(error))}") from error
     for name, array in named_parameters(model).items():
         if not np.isfinite(array).all():
@@ -122,13 +130,13 @@ def convert(
 
 
 def store(model: VisionTransformer, folder: Path, source: Mapping[str, Any]) -> None:
-    """`dinojax.save`, after looking that the disk holds it."""
+    """`dinojax.save`, after checking that the disk has room."""
     raise_unless_room(folder, sum(array.nbytes for array in named_parameters(model).values()))
     save(model, folder, source=source)
 
 
 def describe(file: Path, name: str | None = None) -> dict[str, Any]:
-    """What is kept beside converted weights about where they came from."""
+    """The origin of converted weights, which is stored with them."""
     source = SOURCES.get(name) if name else None
     description: dict[str, Any] = {"file": file.name}
     if file.is_file():
@@ -139,12 +147,16 @@ def describe(file: Path, name: str | None = None) -> dict[str, Any]:
 
 
 def variant(name: str) -> ViTConfig:
-    """The architecture of that name; anything else is a `UserError` with suggestions."""
+    """The architecture of the model `name`.
+
+    Raises:
+        UserError: an unknown name; the message suggests others.
+    """
     if name in VARIANTS:
         return VARIANTS[name]
     if "/" in name or os.sep in name or Path(name).suffix or Path(name).exists():
         raise UserError(
-            f"{name} looks like a file: pass it as weights= beside the name of its model, such as dinov2_vits14"
+            f"{name} looks like a file: pass it as weights= together with the name of its model, such as dinov2_vits14"
         )
     close = difflib.get_close_matches(name, VARIANTS, n=3)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
@@ -165,7 +177,7 @@ def _load_cached(folder: Path, name: str) -> VisionTransformer:
 
 
 def raise_unless_architecture(model: VisionTransformer, name: str, label: str) -> None:
-    """Refuses a model that is not the variant `name`; drop path is a matter of training, not of architecture."""
+    """Refuses a model whose architecture is not that of `name`; drop path belongs to the training, so it may differ."""
     free = ("drop_path_rate", "drop_path_uniform")
     given, wanted = (dataclasses.asdict(config) for config in (model.config, VARIANTS[name]))
     differing = [key for key in wanted if key not in free and given[key] != wanted[key]]
@@ -175,11 +187,11 @@ def raise_unless_architecture(model: VisionTransformer, name: str, label: str) -
     more = f" and {len(differing) - _SHOWN_DIFFERENCES} more" if len(differing) > _SHOWN_DIFFERENCES else ""
     same = [other for other, config in VARIANTS.items() if all(given[k] == v for k, v in vars(config).items())]
     hint = f"; it has the architecture of {same[0]}" if same else ""
-    raise UserError(f"{label} is no {name}: {shown}{more}{hint}")
+    raise UserError(f"{label} is not a {name}: {shown}{more}{hint}")
 
 
 def _shortened(message: str) -> str:
-    """The first few of the differences that `from_torch` names one by one."""
+    """The message with only the first few of the differences that `from_torch` names."""
     parts = message.split("; ")
     if len(parts) <= _SHOWN_DIFFERENCES:
         return message

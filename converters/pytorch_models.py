@@ -1,8 +1,8 @@
-"""The PyTorch models that a conversion is compared with, filled with the tensors of its checkpoint.
+"""PyTorch models to compare a conversion with, filled with the tensors of its checkpoint.
 
-They are `transformers` (Dinov2Model, Dinov2WithRegistersModel, ViTModel for DINO), and upstream's own code through
-`torch.hub` where GitHub answers. `transformers` resizes the position table to a size, upstream by a factor that is 0.1
-patch larger; away from the native size the Flax model has to follow the convention of its counterpart.
+They come from `transformers` (Dinov2Model, Dinov2WithRegistersModel, and ViTModel for DINO), and from upstream's code
+through `torch.hub` if GitHub can be reached. `transformers` resizes the position table to the exact size, upstream by a
+factor that is 0.1 patch larger. At other sizes than the native one, the Flax model must follow the same convention.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from dinojax.models.vit import ViTConfig
 
 _BLOCKS_SHOWN = 4
 _MOST_TOKENS_FOR_ATTENTION = 600  # PyTorch returns the attention of every block: gigabytes for many tokens
-_HUB = {
+_HUB: dict[str | None, str] = {
     "dino": "facebookresearch/dino:7c446df5b9f45747937fb0d72314eb9f7b66930a",
     "dinov2": "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0",
 }
@@ -49,7 +49,7 @@ Outputs = dict[str, np.ndarray]
 
 
 class Reference(NamedTuple):
-    """A PyTorch model: its title, our configuration in its conventions, and images "batch 3 height width" → outputs."""
+    """A PyTorch model: title, Flax configuration of equal conventions, and images "batch 3 height width" → outputs."""
 
     title: str
     config: ViTConfig
@@ -57,7 +57,7 @@ class Reference(NamedTuple):
 
 
 def block_name(index: int) -> str:
-    """The name of a block's output before the final norm: class token, then patches, without registers."""
+    """The name of the output of a block before the final norm: class token, then patches, without registers."""
     return f"block {index} (raw)"
 
 
@@ -103,7 +103,7 @@ def transformers_reference(config: ViTConfig, checkpoint: Mapping[str, Any], whi
 
 
 def _hugging_face_model(transformers: Any, config: ViTConfig) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
-    """Class, configuration, arguments of its constructor and of its call."""
+    """Class, configuration, arguments of the constructor, arguments of the call."""
     hidden_dim = round(config.mlp_ratio * config.embed_dim)
     if config.family == "dinov2" and hidden_dim % config.embed_dim:
         raise UserError(
@@ -132,7 +132,7 @@ def _hugging_face_model(transformers: Any, config: ViTConfig) -> tuple[Any, Any,
 
 
 def _hugging_face_state(config: ViTConfig, checkpoint: Mapping[str, Any], which: str) -> dict[str, Any]:
-    """Tensors under Hugging Face's names; a file that has them already goes in as it is."""
+    """Tensors under Hugging Face's names; a file that already has them is used as it is."""
     if any("embeddings." in str(name) for name in checkpoint):
         return {name: _tensor(value) for name, value in checkpoint.items()}
     renames = _TO_HUGGING_FACE + (_TO_PLAIN_VIT if config.family == "dino" else ())
@@ -162,7 +162,7 @@ def _import_transformers() -> Any:
 
 
 def hub_reference(config: ViTConfig, checkpoint: Mapping[str, Any], which: str) -> Reference | str:
-    """Upstream's model with these tensors, or why there is none."""
+    """Upstream's model with these tensors, or the reason why it is left out."""
     torch = import_torch()
     name = next((name for name, variant in VARIANTS.items() if variant == config), None)
     if name is None or "vitt" in name:

@@ -1,4 +1,4 @@
-"""Where the published weights come from: URL, size, SHA-256 and licence of each checkpoint, as data.
+"""The published checkpoints as data: URL, size, SHA-256 and licence of each.
 
 URLs and licence: facebookresearch/dino 7c446df `hubconf.py` and facebookresearch/dinov2 b8931f7
 `dinov2/hub/backbones.py`; weights and code of both are under Apache-2.0 (their LICENSE and MODEL_CARD.md).
@@ -8,7 +8,7 @@ Upstream publishes neither sizes nor checksums. Those below were recorded by oth
   official URL). Several unrelated projects pin the same values for ViT-S, ViT-B and ViT-g.
 - DINOv2, sizes: catalogues and lock files that give bytes and the same SHA-256 together.
 - dino_vits8: a converter that pins both and refuses other downloads.
-- The other DINO files: only MD5 sums are on record, so nothing is compared but the announced length.
+- The other DINO files: only MD5 sums are on record, so only the announced length is compared.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ class Source:
     """One published file.
 
     Attributes:
-        path: below `HOST`.
-        size: in bytes; None where no record was found.
-        sha256: hexadecimal; None where no record was found.
+        path: path of the file on `HOST`.
+        size: size in bytes; None if no record was found.
+        sha256: SHA-256 in hexadecimal; None if no record was found.
         license: SPDX identifier of the weights.
     """
 
@@ -40,7 +40,7 @@ class Source:
 
     @property
     def filename(self) -> str:
-        """Last part of the address."""
+        """The last part of the address."""
         return self.path.rsplit("/", 1)[-1]
 
 

@@ -1,4 +1,4 @@
-"""Weight files of any kind → state dicts, without running code that a file may hold."""
+"""Reads weight files into state dicts, without running code that a file may hold."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from dinojax.errors import UserError
 _SAFETENSORS = "model.safetensors"
 _SHARD_INDEX = "model.safetensors.index.json"
 _TORCH = "pytorch_model.bin"
-# What a damaged file makes torch's reader stumble over, besides what it raises on purpose.
+# Errors of torch's reader on damaged files, besides those that it raises on purpose.
 _UNREADABLE = (
     RuntimeError,
     EOFError,
@@ -40,10 +40,10 @@ def read_state_dict(path: str | Path) -> Mapping[str, Any]:
             `pytorch_model.bin`.
 
     Returns:
-        Names to arrays (safetensors) or torch tensors, nested as the file has them.
+        Name → array (safetensors) or torch tensor, nested as in the file.
 
     Raises:
-        UserError: no such file, a damaged one, one that holds code, one without named tensors, or torch is missing.
+        UserError: there is no such file; it is damaged, holds code or has no named tensors; or torch is missing.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -55,7 +55,7 @@ def read_state_dict(path: str | Path) -> Mapping[str, Any]:
 
 
 def num_heads_beside(path: str | Path) -> int | None:
-    """The number of heads in the Hugging Face `config.json` in or beside `path`, which tensors do not tell."""
+    """The number of attention heads in the Hugging Face `config.json` in or next to `path`, or None."""
     path = Path(path).expanduser()
     config = (path if path.is_dir() else path.parent) / "config.json"
     try:
@@ -73,8 +73,8 @@ def _read_folder(folder: Path) -> Mapping[str, Any]:
         try:
             shards = sorted(set(json.loads((folder / _SHARD_INDEX).read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{folder / _SHARD_INDEX} is no index of shards ({error})") from error
-        # Only names: an index must not lead outside its folder.
+            raise UserError(f"{folder / _SHARD_INDEX} is not an index of shards ({error})") from error
+        # Only file names, so that an index cannot lead outside its folder.
         return {k: v for shard in shards for k, v in read_state_dict(folder / Path(shard).name).items()}
     if (folder / _TORCH).is_file():
         return read_state_dict(folder / _TORCH)
@@ -82,7 +82,7 @@ def _read_folder(folder: Path) -> Mapping[str, Any]:
 
 
 def _raise_if_text(path: Path) -> None:
-    """Names what is often saved in a weight file's place."""
+    """Refuses files that are often saved by mistake instead of weights."""
     with path.open("rb") as file:
         start = file.read(64).lstrip().lower()
     if not start:
@@ -95,11 +95,11 @@ def _raise_if_text(path: Path) -> None:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
-        # numpy has no bfloat16; the flax reader has, and needs no torch.
+        # numpy has no bfloat16; the flax reader has it, and needs no torch.
         with safetensors.safe_open(path, "flax") as file:
             return {name: file.get_tensor(name).__array__() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({error}); download it again") from error
+        raise UserError(f"{path} is damaged or not a safetensors file ({error}); download it again") from error
 
 
 def _read_torch(path: Path) -> Mapping[str, Any]:
@@ -111,20 +111,20 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
                 "'torch.load' received a zip file that looks like a TorchScript",
                 "Detected pickle protocol",
             ):
-                warnings.filterwarnings("ignore", notice)  # the error that follows says it better
+                warnings.filterwarnings("ignore", notice)  # the error that follows is clearer
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         if named := re.search(r"(?:GLOBAL|global) `?([\w.]+)", str(error)):
             raise UserError(
                 f"{path} holds code ({named[1]}) and is refused; only tensors are read, so save its state dict alone"
             ) from None
-        raise UserError(f"{path} is no PyTorch weight file; download it again") from None
+        raise UserError(f"{path} is not a PyTorch weight file; download it again") from None
     except _UNREADABLE as error:
         if "TorchScript" in str(error):
             raise UserError(f"{path} is a TorchScript program and is refused; save its state dict alone") from None
         raise UserError(f"{path} is damaged or cut off; download it again") from error
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__} where a dictionary of named tensors was expected")
+        raise UserError(f"{path} holds a {type(content).__name__} but a dictionary of named tensors was expected")
     return content
 
 

@@ -1,8 +1,8 @@
-"""Official PyTorch state dicts → Flax modules, and back: names and transposes, strict about both.
+"""Official PyTorch state dicts → Flax modules, and back; missing and extra tensors are refused.
 
-Three rules turn an official tensor into ours, since parameter paths are upstream's: a 4-D `weight` becomes `kernel`,
-OIHW → HWIO; a 2-D `weight` becomes `kernel`, transposed; a 1-D `weight` becomes `scale`. All other names and layouts
-are the same. What wraps and prefixes official checkpoints, and Hugging Face's names, is undone first.
+Parameter paths are upstream's, so three rules suffice: a 4-D `weight` becomes `kernel`, OIHW → HWIO; a 2-D `weight`
+becomes `kernel`, transposed; a 1-D `weight` becomes `scale`. All other names and layouts are the same. Before that,
+`converters.layouts` removes wrappers and prefixes.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from flax import nnx
 
 from converters.layouts import part_of_checkpoint
 from dinojax.errors import UserError
-from dinojax.models.files import abstract_model, raise_unless_same, with_parameters
+from dinojax.models.files import Network, abstract_model, raise_unless_same, with_parameters
 from dinojax.models.head import DINOHead
 from dinojax.models.layers import swiglu_hidden_dim
 from dinojax.models.vit import VisionTransformer, ViTConfig
@@ -33,16 +33,17 @@ def from_torch(
     Args:
         state_dict: torch tensors or numpy arrays under official names (DINO, DINOv2, also wrapped, prefixed or
             chunked) or under Hugging Face's names.
-        config: the architecture; None infers all that the shapes tell, with registers → antialias and offset 0, else
-            offset 0.1.
-        num_heads: shapes do not tell it; None means 64 channels a head, as in every published model.
+        config: the architecture; None infers it from names and shapes, with antialias and offset 0 for models with
+            registers, and offset 0.1 for others.
+        num_heads: number of attention heads, which shapes do not determine; None means 64 channels per head, as in
+            all published models.
         which: the network to take from a training checkpoint, "teacher" or "student".
 
     Returns:
-        The model, in float32, or float64 where the checkpoint is and jax has it enabled.
+        The model in float32, or in float64 if the checkpoint is and jax has it enabled.
 
     Raises:
-        UserError: a missing, extra or misshapen tensor (all are named), no such network, or not a state dict.
+        UserError: a missing, extra or misshapen tensor (the message names all), no such network, or not a state dict.
     """
     state = part_of_checkpoint(state_dict, part="backbone", which=which)
     if config is None:
@@ -55,15 +56,15 @@ def from_torch(
 def head_from_torch(
     state_dict: Mapping[str, Any], *, which: str = "teacher", norm_last_layer: bool | None = None
 ) -> DINOHead:
-    """Builds the DINO head that a checkpoint holds, with one or more layers.
+    """Builds the DINO head of a checkpoint.
 
     Args:
         state_dict: as for `from_torch`; names bare (`mlp.0.weight`), or under `head.`, `teacher.head.`, `dino_head.`.
         which: the network to take from a training checkpoint, "teacher" or "student".
-        norm_last_layer: None means that the prototypes' lengths are frozen where all are exactly one.
+        norm_last_layer: whether the lengths of the prototypes are frozen; None means yes if all are exactly one.
 
     Raises:
-        UserError: a missing, extra or misshapen tensor (all are named), or no head.
+        UserError: a missing, extra or misshapen tensor (the message names all), or no head.
     """
     state = part_of_checkpoint(state_dict, part="head", which=which)
     layers = [name for name in sorted(state) if re.fullmatch(r"mlp\.(\d+\.)?weight", name) and state[name].ndim == 2]
@@ -86,11 +87,11 @@ def head_from_torch(
     return fill(nnx.eval_shape(lambda: DINOHead(**sizes, norm_last_layer=norm_last_layer, rngs=nnx.Rngs(0))), state)
 
 
-def fill(module: nnx.Module, state: Mapping[str, np.ndarray]) -> nnx.Module:
-    """A copy of `module` (real or abstract) holding exactly the official tensors in `state`.
+def fill(module: Network, state: Mapping[str, np.ndarray]) -> Network:
+    """A copy of `module` (real or abstract) with the official tensors `state` as its parameters.
 
     Raises:
-        UserError: a missing, extra or misshapen tensor, all named as upstream names them.
+        UserError: a missing, extra or misshapen tensor; the message has upstream's names.
     """
     rules = {path: _rule(path, param.shape) for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param))}
     expected = {rule.name: rule.shape for rule in rules.values()}
@@ -101,9 +102,9 @@ def fill(module: nnx.Module, state: Mapping[str, np.ndarray]) -> nnx.Module:
 
 
 def to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
-    """Every parameter of a backbone or head under its official name and in torch's layout: the inverse of `from_torch`.
+    """Official name → parameter of a backbone or head in torch's layout; the inverse of `from_torch`.
 
-    Upstream's modules take it by `load_state_dict`, with `torch.tensor` around each array.
+    With `torch.tensor` around each array, `load_state_dict` of upstream's modules takes it.
     """
     params = nnx.to_flat_state(nnx.state(module, nnx.Param))
     rules = ((_rule(path, param.shape), param) for path, param in params)
@@ -111,7 +112,7 @@ def to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
 
 
 class _Rule(NamedTuple):
-    """An official tensor, and the order of its axes in which it is ours."""
+    """Name and shape of an official tensor, and the order of its axes in the Flax parameter."""
 
     name: str
     shape: tuple[int, ...]
@@ -129,15 +130,19 @@ def _rule(path: tuple[Any, ...], shape: tuple[int, ...]) -> _Rule:
 
 
 def infer_config(state: Mapping[str, np.ndarray], num_heads: int | None = None) -> ViTConfig:
-    """The configuration that official tensors tell by their names and shapes."""
+    """Infers the configuration from the names and shapes of official tensors.
+
+    Raises:
+        UserError: the tensors are not those of a backbone, or `num_heads` cannot be inferred.
+    """
     needed = ("pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight")
     missing = [name for name in needed if name not in state]
     if missing:
-        raise UserError(f"no DINO or DINOv2 backbone: {', '.join(missing)} missing among {_few(state)}")
+        raise UserError(f"not a DINO or DINOv2 backbone: {', '.join(missing)} missing among {_few(state)}")
     embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
     if num_heads is None and embed_dim % 64:
         raise UserError(
-            f"num_heads cannot be told from embed_dim={embed_dim}, which 64 does not divide: pass num_heads"
+            f"num_heads cannot be inferred from embed_dim={embed_dim}, which 64 does not divide: pass num_heads"
         )
     side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0

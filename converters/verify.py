@@ -1,4 +1,4 @@
-"""PyTorch and Flax on the same images: the largest difference of every output."""
+"""Compares PyTorch and Flax on the same images: the largest difference of each output."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,11 +12,11 @@ from converters.pytorch_models import Outputs, block_name, hub_reference, transf
 from dinojax.models.vit import VisionTransformer, ViTConfig
 
 BOUND = 3e-5
-"""Largest difference accepted, as a share of the output's largest value: float32 rounding stays well below it."""
+"""Largest accepted difference, as a share of the largest value of the output; float32 rounding stays well below it."""
 
 
 class Difference(NamedTuple):
-    """One output at one image size: the largest absolute difference, and the largest absolute value in PyTorch."""
+    """The largest absolute difference of one output at one image size (height, width), and its largest value."""
 
     reference: str
     output: str
@@ -35,13 +35,13 @@ def verify(
     """Compares a converted model with PyTorch models that hold the tensors of its checkpoint.
 
     Args:
-        model: what `from_torch` made of `checkpoint`.
-        checkpoint: tensors as `read_state_dict` gives them.
+        model: the result of `from_torch` for `checkpoint`.
+        checkpoint: tensors from `read_state_dict`.
         which: the network in a training checkpoint.
-        sizes: image heights and widths in pixels; None takes a small, a non-square, the 224 px and the native size.
+        sizes: heights and widths of images in pixels; None takes `default_sizes`.
 
     Returns:
-        A difference for each PyTorch model, output and size; and what was left out, one sentence each.
+        A difference for each PyTorch model, output and size; and one sentence for each comparison that was left out.
 
     Raises:
         UserError: torch or transformers is missing, or transformers has no such architecture.
@@ -66,7 +66,7 @@ def verify(
 
 
 def default_sizes(config: ViTConfig) -> list[tuple[int, int]]:
-    """Heights and widths that the patch divides: small, non-square, about 224 px, native."""
+    """Heights and widths that the patch size divides: small, non-square, about 224 px, native."""
     patch = config.patch_size
     about_224 = max(1, 224 // patch) * patch
     sizes = [(7 * patch, 7 * patch), (10 * patch, 13 * patch), (about_224, about_224), (config.img_size,) * 2]
@@ -74,7 +74,7 @@ def default_sizes(config: ViTConfig) -> list[tuple[int, int]]:
 
 
 def worst(differences: Sequence[Difference]) -> float:
-    """The largest difference as a share of its output's largest value; not a number counts as infinite."""
+    """The largest difference as a share of the largest value of its output; NaN counts as infinite."""
     shares = [difference.largest / max(difference.scale, 1e-30) for difference in differences]
     return max(share if np.isfinite(share) else np.inf for share in shares)
 

@@ -330,7 +330,9 @@ def _on_host(leaves: Mapping[str, jax.Array | np.ndarray]) -> dict[str, np.ndarr
 
 def _placed(array: np.ndarray, description: Mapping[str, Any], like: Any) -> jax.Array:
     """The leaf on the devices of `like`, or on the default device if `like` is not bound to any."""
-    leaf = jax.random.wrap_key_data(array, impl=description["key"]) if "key" in description else array
+    leaf = (
+        jax.random.wrap_key_data(jax.numpy.asarray(array), impl=description["key"]) if "key" in description else array
+    )
     bound = getattr(like, "committed", True)
     placed = jax.device_put(leaf, getattr(like, "sharding", None) if bound else None)
     if placed.dtype != like.dtype:
@@ -340,7 +342,7 @@ def _placed(array: np.ndarray, description: Mapping[str, Any], like: Any) -> jax
 
 def _sha256_of_array(array: np.ndarray) -> str:
     digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

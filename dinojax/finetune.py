@@ -86,6 +86,8 @@ def split_parameters(
     if mode == "linear":
         return head, backbone
     require(lora_rank >= 1, "lora_rank", lora_rank, "a positive number, such as 8")
+    if key is None:
+        raise ValueError("mode 'lora' draws its factors: it needs a key")
     kernels = [(path, param) for path, param in nnx.to_flat_state(backbone) if "attn" in path and path[-1] == "kernel"]
     factors = []
     for ((*layer, _), kernel), draw in zip(kernels, jax.random.split(key, len(kernels))):
@@ -315,7 +317,7 @@ def make_finetune_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         ema = None
-        if state.ema is not None:
+        if state.ema is not None and ema_decay is not None:
             # The average of a short training would otherwise be dominated by its first steps.
             count = state.step.astype(float)
             decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))

@@ -187,8 +187,8 @@ def color_jitter(planes: Planes, factors: Float[Array, "batch 4"], order: Int[Ar
     def after_hue(step: Array, x: Array) -> Array:
         return _blend_step(x, factors, order[:, step], step > hue_step)
 
-    # Hue costs more than the others together, so it runs once. These are loops because XLA would fuse unrolled steps and
-    # compute the early ones again for every use.
+    # Hue costs more than the others together, so it runs once. These are loops because XLA would fuse unrolled steps
+    # and compute the early ones again for every use.
     planes = jax.lax.fori_loop(0, 3, before_hue, planes)
     return jax.lax.fori_loop(1, 4, after_hue, hue(planes, factors[:, 3]))
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 SHIPPED = ("dinojax_vitt",)
 _KIND = "VisionTransformer"
+Network = TypeVar("Network", bound=nnx.Module)
 
 
 def named_parameters(module: nnx.Module) -> dict[str, jax.Array]:
@@ -29,7 +31,7 @@ def named_parameters(module: nnx.Module) -> dict[str, jax.Array]:
     return {_dotted(path): param[...] for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
-def with_parameters(module: nnx.Module, arrays: Mapping[str, np.ndarray | jax.Array]) -> nnx.Module:
+def with_parameters(module: Network, arrays: Mapping[str, np.ndarray | jax.Array]) -> Network:
     """A copy of `module` (real or abstract) with copies of `arrays` as its parameters.
 
     Args:

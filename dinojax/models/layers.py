@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-6, use_fast_variance=Fal
 class Module(nnx.Module):
     """A Flax module whose constructor `inspect.signature` and `help` can read; Flax's metaclass hides it from them."""
 
+    __signature__: ClassVar[inspect.Signature]
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         signature = inspect.signature(cls.__init__)
@@ -45,8 +47,10 @@ class Linear(nnx.Linear):
     def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs):
         super().__init__(in_features, out_features, use_bias=use_bias, kernel_init=_linear_init, rngs=rngs)
 
-    def __call__(self, x: Float[Array | np.ndarray, "*batch in_dim"]) -> Float[Array, "*batch out_dim"]:
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
+    def __call__(  # type: ignore[override]
+        self, x: Float[Array | np.ndarray, "*batch in_dim"]
+    ) -> Float[Array, "*batch out_dim"]:
+        return super().__call__(jnp.asarray(x).reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -74,12 +78,13 @@ class PatchEmbed(Module):
     ) -> Float[Array, "batch tokens dim"]:
         batch, height, width, channels = images.shape
         patch, rows, columns = self.patch_size, height // self.patch_size, width // self.patch_size
-        kernel = self.proj.kernel[...]
+        assert self.proj.bias is not None
+        kernel, bias = self.proj.kernel[...], self.proj.bias[...]
         # The stride of the convolution is its size, so one matrix product does it, faster on every backend.
-        patches = images[:, : rows * patch, : columns * patch].astype(kernel.dtype)
+        patches = jnp.asarray(images)[:, : rows * patch, : columns * patch].astype(kernel.dtype)
         patches = patches.reshape(batch, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(batch * rows * columns, patch * patch * channels)
-        tokens = patches @ kernel.reshape(-1, kernel.shape[-1]) + self.proj.bias[...][None]
+        tokens = patches @ kernel.reshape(-1, kernel.shape[-1]) + bias[None]
         return tokens.reshape(batch, rows * columns, -1)
 
 
@@ -183,6 +188,7 @@ class Block(Module):
         self.norm1 = LayerNorm(dim, rngs=rngs)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, rngs=rngs)
         self.norm2 = LayerNorm(dim, rngs=rngs)
+        self.mlp: Mlp | SwiGLUFFN
         if ffn_layer == "mlp":
             self.mlp = Mlp(dim, int(dim * mlp_ratio), rngs=rngs)
         else:

@@ -6,10 +6,11 @@ model, whose weights are in the package (`dinojax/assets`).
 """
 
 from types import MappingProxyType
+from typing import Any
 
 from dinojax.models.vit import ViTConfig
 
-_WIDTHS = {
+_WIDTHS: dict[str, dict[str, Any]] = {
     "t": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "s": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "b": {"embed_dim": 768, "depth": 12, "num_heads": 12},
@@ -19,7 +20,7 @@ _WIDTHS = {
 
 
 def _dinov2(size: str, *, registers: bool) -> ViTConfig:
-    interpolation = {"num_register_tokens": 4, "interpolate_antialias": True, "interpolate_offset": 0.0}
+    interpolation: dict[str, Any] = {"num_register_tokens": 4, "interpolate_antialias": True, "interpolate_offset": 0.0}
     return ViTConfig(
         img_size=518, patch_size=14, init_values=1.0, **_WIDTHS[size], **(interpolation if registers else {})
     )

@@ -212,7 +212,13 @@ def _make_gradients(
             theirs, their_prototypes = teacher.head.embed(features), teacher.head.last_layer.weight()
             temperatures = (temperature, student_temp)
             loss, entropy = dino_loss_in_chunks(
-                ours, prototypes, theirs, their_prototypes, state.center, *temperatures, chunk=prototype_chunk
+                ours,
+                prototypes,
+                theirs,
+                their_prototypes,
+                state.center,
+                *temperatures,
+                chunk=prototype_chunk or len(prototypes),
             )
             mean = jnp.mean(theirs, axis=(0, 1), dtype=state.center.dtype)
             return loss, (entropy, their_prototypes.astype(mean.dtype) @ mean)

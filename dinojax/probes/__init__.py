@@ -1,6 +1,6 @@
-"""Classifiers on frozen features, all under one name: neighbours, linear, MLP, logistic regression, few-shot.
+"""Classifiers on frozen features: nearest neighbours, linear, MLP, logistic regression, few-shot.
 
-Features are arrays "images dim" and labels class indices; where the features come from is no concern of these files.
+Features are arrays "images dim", and labels are class indices. The features may come from any model.
 """
 
 from dinojax.probes.few_shot import few_shot

@@ -1,4 +1,4 @@
-"""Few-shot classification: how well a handful of labelled images a class serves, over several draws of them."""
+"""Few-shot classification: accuracy with a few labelled images per class, over several random draws of them."""
 
 from collections.abc import Sequence
 
@@ -25,16 +25,16 @@ def few_shot(
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     methods: Sequence[str] = FEW_SHOT_METHODS,
 ) -> dict[str, Float[np.ndarray, " seeds"]]:
-    """Accuracy on all test images of classifiers that see `shots` training images a class, drawn anew for every seed.
+    """Accuracy of classifiers that learn from `shots` training images per class, drawn with each seed.
 
-    "1nn" is the nearest image by cosine, "knn" DINO's weighted vote of the `shots` nearest, "linear" logistic
-    regression with C = 1. None of them has a setting that the test images could choose.
+    "1nn" takes the class of the nearest image by cosine similarity, "knn" DINO's weighted vote of the `shots` nearest
+    images, and "linear" is logistic regression with C = 1. None of them has a setting to select.
 
     Returns:
-        For each of `methods` the accuracy (fraction) of every seed.
+        Method → accuracy on all test images (a fraction) for each seed.
 
     Raises:
-        UserError: a method of another name, a class with fewer images than `shots`, or features that are not finite.
+        UserError: an unknown method, a class with fewer images than `shots`, or features that are not finite.
     """
     for method in methods:
         require(method in FEW_SHOT_METHODS, "method", method, f"one of {', '.join(FEW_SHOT_METHODS)}")
@@ -49,14 +49,15 @@ def few_shot(
 
 
 def _predict(train: tuple, test_features, methods: Sequence[str], *, num_classes: int, shots: int) -> dict:
-    """Predicted classes by method; both neighbour methods share one search."""
+    """Method → predicted classes; both neighbour methods share one search."""
+    features, labels = train
     ks = {"1nn": 1, "knn": shots}
     wanted = [ks[method] for method in methods if method in ks]
     predicted = {}
     if wanted:
-        by_k = knn_predict(*train, test_features, num_classes=num_classes, ks=wanted)
+        by_k = knn_predict(features, labels, test_features, num_classes=num_classes, ks=wanted)
         predicted = {method: by_k[ks[method]] for method in methods if method in ks}
     if "linear" in methods:
-        head = fit_logistic(*train, num_classes=num_classes, C=1.0)
+        head = fit_logistic(features, labels, num_classes=num_classes, C=1.0)
         predicted["linear"] = np.asarray(linear_logits(head, test_features)).argmax(axis=1)
     return predicted

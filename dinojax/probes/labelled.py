@@ -1,4 +1,4 @@
-"""Labelled features: how a set is divided, and what no classifier can learn from."""
+"""Labelled features: dividing a set, and refusing one that no classifier can learn from."""
 
 import jax
 import numpy as np
@@ -11,12 +11,12 @@ _ROWS = 65_536
 
 
 def stratified_subset(labels: Labels, count: int, seed: int) -> Int[np.ndarray, " count"]:
-    """Indices, ascending, of `count` images drawn from every class in proportion to its size.
+    """Ascending indices of `count` images drawn from each class in proportion to its size.
 
-    Every class gives at least one image, the common ones no more than one beyond their share.
+    Each class gives at least one image, and a common class at most one more than its share.
 
     Raises:
-        ValueError: fewer than one image a class, or more than there are.
+        ValueError: `count` is less than the number of classes, or more than the number of images.
     """
     labels = np.asarray(labels)
     classes, sizes = np.unique(labels, return_counts=True)
@@ -30,25 +30,27 @@ def stratified_subset(labels: Labels, count: int, seed: int) -> Int[np.ndarray, 
 def split_heldout(
     labels: Labels, fraction: float, seed: int
 ) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " heldout"]]:
-    """Indices to train on and indices held out to select on; stratified, and every class stays in training.
+    """Indices of images to train on, and of images held out for selection.
+
+    The split is stratified, and at least one image of each class stays in training.
 
     Raises:
-        UserError: no image can be held out because every class has only one.
+        UserError: no image can be held out, because each class has only one.
     """
     labels = np.asarray(labels)
     most = len(labels) - len(np.unique(labels))
     if most < 1:
-        raise UserError(f"{len(labels)} images with one a class leave none to hold out; give more images a class")
+        raise UserError(f"{len(labels)} images, one per class, leave none to hold out; give more images per class")
     heldout = min(max(1, round(fraction * len(labels))), most)
     kept = stratified_subset(labels, len(labels) - heldout, seed)
     return kept, np.setdiff1d(np.arange(len(labels)), kept)
 
 
 def few_shot_indices(labels: Labels, shots: int, seed: int) -> Int[np.ndarray, " chosen"]:
-    """Indices, ascending, of `shots` images drawn from every class that occurs.
+    """Ascending indices of `shots` images drawn from each class that occurs.
 
     Raises:
-        UserError: `shots` is not positive, or more than the smallest class has.
+        UserError: `shots` is not positive, or is more than the number of images in the smallest class.
     """
     labels = np.asarray(labels)
     classes, sizes = np.unique(labels, return_counts=True)
@@ -63,20 +65,20 @@ def few_shot_indices(labels: Labels, shots: int, seed: int) -> Int[np.ndarray, "
 
 
 def check_labelled(features: Float[Array | np.ndarray, "images *shape"], labels: Labels, num_classes: int) -> None:
-    """Refuses a training set that holds one class, a label out of range, or features that are not finite.
+    """Refuses a training set with a single class, a label out of range, or features that are not finite.
 
     Raises:
-        UserError: one sentence with the value.
+        UserError: names the value.
     """
     check_classes(labels, num_classes)
     check_finite(features)
 
 
 def check_classes(labels: Labels, num_classes: int) -> None:
-    """Refuses labels of a training set that hold one class, or a label out of range.
+    """Refuses the labels of a training set if there is a single class, or a label out of range.
 
     Raises:
-        UserError: one sentence with the value.
+        UserError: names the value.
     """
     labels = np.asarray(labels)
     check_range(labels, num_classes)
@@ -90,11 +92,11 @@ def check_range(labels: Labels, num_classes: int) -> None:
     """Refuses an empty set and labels outside 0 … `num_classes` − 1.
 
     Raises:
-        UserError: one sentence with the value.
+        UserError: names the value.
     """
     labels = np.asarray(labels)
     if not len(labels):
-        raise UserError("there are 0 images to learn from or to choose on; give more images")
+        raise UserError("there are 0 images to learn from or to select on; give more images")
     outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(outside):
         raise UserError(
@@ -104,10 +106,10 @@ def check_range(labels: Labels, num_classes: int) -> None:
 
 
 def check_finite(features: Float[Array | np.ndarray, "images *shape"]) -> None:
-    """Refuses NaN and infinity; large sets are looked at in chunks.
+    """Refuses NaN and infinity; large sets are checked in chunks.
 
     Raises:
-        UserError: the first image that is not finite.
+        UserError: names the first image whose features are not finite.
     """
     for start in range(0, len(features), _ROWS):
         chunk = np.asarray(jax.device_get(features[start : start + _ROWS]))
@@ -120,7 +122,7 @@ def check_finite(features: Float[Array | np.ndarray, "images *shape"]) -> None:
 
 
 def _shuffled_by_class(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices class after class, in random order within each, and the place of each in its class."""
+    """Indices sorted by class and shuffled within each class, and the rank of each index in its class."""
     _, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     by_class = shuffled[np.argsort(inverse[shuffled], kind="stable")]

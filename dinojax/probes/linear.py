@@ -1,7 +1,7 @@
-"""Small networks on frozen features, trained by Adam: the linear probe and the two-layer MLP.
+"""Small networks on frozen features, trained with Adam: the linear probe and the two-layer MLP.
 
-Features are arrays "images dim" and labels class indices. A whole training is one compiled program, a scan over epochs
-and minibatches; all of it runs in JAX's default float (float64 where that is enabled).
+A whole training is one compiled program, a scan over epochs and minibatches. It computes in JAX's default float
+(float64 if that is enabled).
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ class LinearHead(NamedTuple):
 
 
 class MlpHead(NamedTuple):
-    """A classifier of two layers: logits = relu(features @ hidden_kernel + hidden_bias) @ kernel + bias."""
+    """A two-layer classifier: logits = relu(features @ hidden_kernel + hidden_bias) @ kernel + bias."""
 
     hidden_kernel: Float[Array, "dim hidden"]
     hidden_bias: Float[Array, " hidden"]
@@ -37,7 +37,7 @@ class MlpHead(NamedTuple):
 
 
 class EpochMetrics(NamedTuple):
-    """Loss (mean cross-entropy in nats) and accuracy (fraction) after each epoch, on both parts of the training set."""
+    """Mean cross-entropy in nats and accuracy (a fraction) after each epoch, on training and held-out images."""
 
     train_loss: Float[Array, " epochs"]
     train_accuracy: Float[Array, " epochs"]
@@ -57,18 +57,18 @@ def fit_linear(
     batch_size: int = 64,
     learning_rate: float = 1e-2,
 ) -> tuple[LinearHead, EpochMetrics, int]:
-    """One linear layer, softmax cross-entropy and Adam with a cosine schedule; the epoch best on held-out images wins.
+    """Trains one linear layer with softmax cross-entropy and Adam, and selects the best epoch on held-out images.
 
-    The features are standardised with the mean and deviation of `train_features` while the layer learns; both are
-    folded into the head that is returned, which takes raw features. Test images play no part. The order of images is
-    drawn from `key` in every epoch; what is over after the last full minibatch waits for the next epoch.
+    The learning rate follows a cosine. During training the features are standardised with the mean and deviation of
+    `train_features`; the returned head includes both and takes raw features. Each epoch shuffles the images with `key`
+    and leaves out those after the last full minibatch.
 
     Returns:
-        The head, the metrics of every epoch, and the index of the epoch that the head is from: the highest held-out
-        accuracy, among equals the lowest held-out loss.
+        The head, the metrics of all epochs, and the index of the selected epoch: highest held-out accuracy, then lowest
+        held-out loss.
 
     Raises:
-        UserError: features or labels that nothing can be learned from.
+        UserError: features, labels or settings that cannot be learned from.
     """
     train, heldout = _checked((train_features, train_labels), (heldout_features, heldout_labels), num_classes, epochs)
     initial = LinearHead(jnp.zeros((train_features.shape[1], num_classes)), jnp.zeros(num_classes))
@@ -103,18 +103,18 @@ def fit_mlp(
     shuffle: bool = False,
     initial: MlpHead | None = None,
 ) -> tuple[MlpHead, EpochMetrics, int]:
-    """Two layers with a ReLU between them on raw features, softmax cross-entropy, Adam at a constant rate.
+    """Trains two layers with a ReLU between them on raw features: softmax cross-entropy, Adam at a constant rate.
 
-    Without `shuffle` every epoch takes the images in the order given, so that the last, partial minibatch is never
-    learned from; with it, every epoch draws its order from `key`. The layers start as PyTorch's `nn.Linear` does
+    With `shuffle`, each epoch draws its order from `key`. Without it, each epoch takes the images in the given order,
+    so the images after the last full minibatch are never used. The initial values are those of PyTorch's `nn.Linear`
     (`initial_mlp`), unless `initial` is given.
 
     Returns:
-        The head, the metrics of every epoch, and the index of the epoch that the head is from: the highest held-out
-        accuracy, among equals the lowest held-out loss.
+        The head, the metrics of all epochs, and the index of the selected epoch: highest held-out accuracy, then lowest
+        held-out loss.
 
     Raises:
-        UserError: features or labels that nothing can be learned from.
+        UserError: features, labels or settings that cannot be learned from.
     """
     train, heldout = _checked((train_features, train_labels), (heldout_features, heldout_labels), num_classes, epochs)
     init_key, order_key = jax.random.split(key)
@@ -135,7 +135,7 @@ def fit_mlp(
 
 
 def initial_mlp(key: Key[Array, ""], dim: int, hidden_dim: int, num_classes: int) -> MlpHead:
-    """Weights and biases uniform in ±1/√inputs, as PyTorch's `nn.Linear` draws them."""
+    """Weights and biases drawn uniformly within ±1/√inputs, as PyTorch's `nn.Linear` does."""
 
     def draw(key, inputs, shape):
         return jax.random.uniform(key, shape, jnp.asarray(0.0).dtype, -1, 1) / np.sqrt(inputs)
@@ -163,7 +163,7 @@ def cross_entropy(
 ) -> Float[Array, "*images"]:
     """Softmax cross-entropy in nats.
 
-    The one-hot product, unlike picking the label's score, has no scatter in its gradient.
+    It multiplies with one-hot labels: indexing would give the gradient a scatter.
     """
     picked = (logits * jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)).sum(axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - picked
@@ -172,7 +172,7 @@ def cross_entropy(
 def minibatches(
     key: Key[Array, ""], images: int, batch_size: int, steps: int, *, shuffle: bool = True
 ) -> Int[Array, "steps batch_size"]:
-    """Indices of `steps` minibatches: epoch after epoch, each in an order of its own, what is left over dropped."""
+    """Image indices of `steps` minibatches; each epoch has its own order and drops the incomplete minibatch."""
     per_epoch = images // batch_size
     if shuffle:
         keys = jax.random.split(key, -(-steps // per_epoch))
@@ -190,7 +190,7 @@ def train_steps(
     batches: Int[Array, "steps batch"],
     optimizer: optax.GradientTransformation,
 ) -> tuple[Head, optax.OptState]:
-    """One optimizer step for each row of `batches`, the indices of its images."""
+    """One optimizer step for each row of `batches`, which holds the indices of its images."""
 
     def step(carry, batch):
         head, opt_state = carry
@@ -202,7 +202,7 @@ def train_steps(
 
 
 def make_optimizer(learning_rate: float | Array, cosine_steps: int | None = None) -> optax.GradientTransformation:
-    """Adam with PyTorch's defaults, at a constant rate or with a cosine that ends at zero after `cosine_steps`."""
+    """Adam with PyTorch's defaults, at a constant rate or along a cosine that reaches zero after `cosine_steps`."""
     return optax.adam(optax.cosine_decay_schedule(learning_rate, cosine_steps) if cosine_steps else learning_rate)
 
 
@@ -210,13 +210,14 @@ def make_optimizer(learning_rate: float | Array, cosine_steps: int | None = None
 def _train(initial, train, heldout, key, learning_rate, *, epochs, batch_size, shuffle, cosine, standardise) -> tuple:
     """Heads on raw features and metrics, stacked over epochs."""
     features, labels = train
-    mean, scale = _standardisation(features) if standardise else (0, 1)
+    mean, scale = _standardisation(features)
     inputs = (features - mean[None]) * scale[None] if standardise else features
     steps = len(labels) // batch_size
     optimizer = make_optimizer(learning_rate, epochs * steps if cosine else None)
 
     def epoch(carry, batches):
-        carry = head, _ = train_steps(*carry, inputs, labels, batches, optimizer)
+        head, opt_state = carry
+        carry = head, _ = train_steps(head, opt_state, inputs, labels, batches, optimizer)
         if standardise:
             shift = jnp.matmul(mean * scale, head.kernel, precision="highest")
             head = LinearHead(head.kernel * scale[:, None], head.bias - shift)
@@ -227,16 +228,18 @@ def _train(initial, train, heldout, key, learning_rate, *, epochs, batch_size, s
 
 
 def _checked(train: tuple, heldout: tuple, num_classes: int, epochs: int) -> tuple[tuple, tuple]:
-    """Both parts on the device in the default float, or a clear refusal."""
-    check_labelled(*train, num_classes)
-    check_range(heldout[1], num_classes)
-    check_finite(heldout[0])
+    """Checks both parts, and puts them on the device in the default float."""
+    (features, labels), (heldout_features, heldout_labels) = train, heldout
+    check_labelled(features, labels, num_classes)
+    check_range(heldout_labels, num_classes)
+    check_finite(heldout_features)
     require(epochs >= 1, "epochs", epochs, "a positive number")
-    return tuple((jnp.asarray(features, float), jnp.asarray(labels)) for features, labels in (train, heldout))
+    on_device = jnp.asarray(features, float), jnp.asarray(labels)
+    return on_device, (jnp.asarray(heldout_features, float), jnp.asarray(heldout_labels))
 
 
 def _standardisation(features: Array) -> tuple[Array, Array]:
-    """Mean, and one over the deviation (zero for a feature that is constant)."""
+    """Mean, and one over the deviation (zero for a constant feature)."""
     deviation = features.std(axis=0)
     return features.mean(axis=0), jnp.where(deviation > _CONSTANT, 1 / deviation, 0)
 

@@ -1,7 +1,7 @@
-"""Logistic regression by L-BFGS, and the choice of its regularisation on held-out images."""
+"""Logistic regression by L-BFGS, and the selection of its regularisation on held-out images."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,14 @@ _LINE_SEARCH_STEPS = 20
 
 
 class LogisticGrid(NamedTuple):
-    """Logistic regressions along C.
+    """Logistic regressions for several values of C.
 
     Attributes:
         Cs: inverse strengths of the penalty, ascending.
-        heldout_accuracy: fractions.
-        iterations: how many L-BFGS steps each took from the solution before it.
-        best: index of the highest held-out accuracy, among equals of the smallest C.
-        head: of the best C.
+        heldout_accuracy: accuracy of each on held-out images, a fraction.
+        iterations: number of L-BFGS steps of each, starting from the previous solution.
+        best: index of the highest held-out accuracy, with the smallest C among equals.
+        head: the classifier of the best C.
     """
 
     Cs: tuple[float, ...]
@@ -47,15 +47,23 @@ def fit_logistic(
     max_iterations: int = 1000,
     tolerance: float = 1e-6,
 ) -> LinearHead:
-    """The linear classifier of least cross-entropy + penalty, as scikit-learn's `LogisticRegression(C=C)` means it.
+    """The linear classifier with the objective of scikit-learn's `LogisticRegression(C=C)`.
 
-    Minimises mean cross-entropy + ‖kernel‖² / (2 · C · images), the bias free of penalty (with two classes twice the
-    penalty, which is scikit-learn's, whose two-class model has one column). Ends when no component of the gradient (in
-    units that suit the penalty) exceeds `tolerance`, when float precision allows no further descent, or after
-    `max_iterations`.
+    It minimises mean cross-entropy + ‖kernel‖² / (2 · C · images), without a penalty on the bias. With two classes the
+    penalty is doubled, to match scikit-learn, whose two-class model has a single column.
+
+    Args:
+        train_features: raw features.
+        train_labels: class indices.
+        num_classes: number of classes.
+        C: inverse strength of the penalty.
+        warm_start: where to start; None starts at zero.
+        max_iterations: largest number of L-BFGS steps.
+        tolerance: stop when no component of the gradient (in units scaled to the penalty) is larger. The search also
+            stops when float precision allows no further descent.
 
     Raises:
-        UserError: features, labels or a C that nothing can be learned from.
+        UserError: features, labels or a C that cannot be learned from.
     """
     check_labelled(train_features, train_labels, num_classes)
     _check_positive(C)
@@ -75,10 +83,10 @@ def fit_logistic_grid(
     max_iterations: int = 1000,
     tolerance: float = 1e-6,
 ) -> LogisticGrid:
-    """`fit_logistic` for each of `Cs`, from the smallest to the largest, each starting where the last one ended.
+    """`fit_logistic` for each of `Cs` in ascending order; each starts from the previous solution.
 
     Raises:
-        UserError: features, labels or a C that nothing can be learned from.
+        UserError: features, labels or a C that cannot be learned from.
     """
     check_labelled(train_features, train_labels, num_classes)
     check_range(heldout_labels, num_classes)
@@ -102,7 +110,7 @@ def fit_logistic_grid(
 
 @jax.jit
 def _minimise_along(head, train, heldout, grid, max_iterations, tolerance) -> tuple:
-    """Heads, held-out accuracies and iterations along C."""
+    """Heads, held-out accuracies and iterations for each C of the grid."""
 
     def fit(head, inverse_penalty):
         head, iterations = _minimise(head, *train, inverse_penalty, max_iterations, tolerance)
@@ -113,13 +121,13 @@ def _minimise_along(head, train, heldout, grid, max_iterations, tolerance) -> tu
 
 
 @jax.jit
-def _minimise(head, features, labels, inverse_penalty, max_iterations, tolerance) -> tuple[LinearHead, Array]:
+def _minimise(head, features, labels, inverse_penalty, max_iterations, tolerance) -> tuple[LinearHead, Any]:
     """The head at the minimum, and the number of L-BFGS steps to it."""
-    # Transposed once: both products of a step then run over contiguous rows, on CPU in less than half the time.
+    # Transposed once, both products of a step run over contiguous rows: on a CPU in less than half the time.
     columns = features.T
     weight = (2 if head.kernel.shape[1] == 2 else 1) / (2 * inverse_penalty * len(labels))
-    # In these units a strong penalty curves the kernel as little as the loss curves the bias. Without them the steps
-    # are as short as the kernel needs, and descent ends in rounding before the bias has got anywhere.
+    # In these units a strong penalty gives the kernel the same curvature as the loss gives the bias. Otherwise the
+    # steps are as short as the kernel needs, and the descent ends by rounding before the bias has converged.
     unit = 1 / jnp.sqrt(1 + 2 * weight)
 
     def objective(head):
@@ -130,7 +138,7 @@ def _minimise(head, features, labels, inverse_penalty, max_iterations, tolerance
     optimizer = optax.lbfgs(memory_size=_MEMORY, linesearch=search)
     value_and_gradient = optax.value_and_grad_from_state(objective)
 
-    def goes_on(carry):
+    def is_unfinished(carry):
         _, state, step, descends = carry
         steepest = jax.tree.reduce(jnp.maximum, jax.tree.map(lambda g: jnp.abs(g).max(), optax.tree.get(state, "grad")))
         return (step == 0) | ((steepest > tolerance) & descends & (step < max_iterations))
@@ -142,7 +150,7 @@ def _minimise(head, features, labels, inverse_penalty, max_iterations, tolerance
         return optax.apply_updates(head, updates), state, step + 1, optax.tree.get(state, "value") < value
 
     head = LinearHead(head.kernel / unit, head.bias)
-    head, _, steps, _ = jax.lax.while_loop(goes_on, step, (head, optimizer.init(head), 0, True))
+    head, _, steps, _ = jax.lax.while_loop(is_unfinished, step, (head, optimizer.init(head), 0, True))
     return LinearHead(unit * head.kernel, head.bias), steps
 
 

@@ -1,7 +1,7 @@
-"""Nearest neighbours among frozen features: DINO's weighted k-NN by cosine, and the plain one by Euclidean distance.
+"""Nearest neighbours among frozen features: DINO's weighted k-NN by cosine, and plain k-NN by Euclidean distance.
 
-Training features pass through the device in chunks and are merged by a running top-k, so they may be larger than its
-memory (pass a numpy array or memory map).
+The training features go through the device in chunks with a running top-k, so they may be larger than its memory (pass
+a numpy array or a memory map).
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from jaxtyping import Array, Float, Int
 from dinojax.errors import require
 from dinojax.probes.labelled import check_classes, check_finite
 
-# Rows of training features on the device at once, and rows of test features compared with them at once: together they
-# bound the memory (the largest array is their product) whatever the sizes of the sets.
+# Rows of training features on the device, and rows of test features that are compared with them at once. The largest
+# array is their product, so they bound the memory for sets of any size.
 _TRAIN_ROWS = 65_536
 _TEST_ROWS = 256
-# Neighbours by the device's rounded distance among which the exact one chooses, beyond the k asked for.
+# Candidates beyond k that the device finds by rounded distances; exact distances choose k among all of them.
 _SPARE = 16
 _EXACT_ROWS = 1024
 
@@ -29,10 +29,10 @@ def nearest_neighbours(
     test_features: Float[Array | np.ndarray, "test dim"],
     k: int,
 ) -> tuple[Float[np.ndarray, "test k"], Int[np.ndarray, "test k"]]:
-    """The `k` training images of highest cosine similarity for every test image, best first, ties by lower index.
+    """The `k` training images with the highest cosine similarity to each test image, best first, ties by lower index.
 
     Returns:
-        Cosine similarities and indices of training images.
+        Cosine similarities, and indices of training images.
 
     Raises:
         UserError: `k` is not between 1 and the number of training images, or a feature is not finite.
@@ -45,12 +45,12 @@ def euclidean_neighbours(
     test_features: Float[Array | np.ndarray, "test dim"],
     k: int,
 ) -> tuple[Float[np.ndarray, "test k"], Int[np.ndarray, "test k"]]:
-    """The `k` training images of least Euclidean distance to every test image, nearest first, ties by lower index.
+    """The `k` training images with the least Euclidean distance to each test image, nearest first, ties by lower index.
 
-    The device finds somewhat more than `k` in float32; their order comes from differences in float64.
+    The device finds a few more than `k` in float32; the result is selected by distances in float64.
 
     Returns:
-        Distances and indices of training images.
+        Distances, and indices of training images.
 
     Raises:
         UserError: `k` is not between 1 and the number of training images, or a feature is not finite.
@@ -79,7 +79,7 @@ def knn_votes(
     k: int,
     temperature: float = 0.07,
 ) -> Float[np.ndarray, "test classes"]:
-    """What the first `k` neighbours give each class: the sum of exp(similarity / temperature).
+    """The votes of the first `k` neighbours for each class: the sum of exp(similarity / temperature).
 
     Source: facebookresearch/dino 7c446df `eval_knn.py`, `knn_classifier`.
     """
@@ -95,10 +95,10 @@ def knn_predict(
     ks: Sequence[int] = (10, 20, 100, 200),
     temperature: float = 0.07,
 ) -> dict[int, Int[np.ndarray, " test"]]:
-    """DINO's weighted k-NN classifier for several `k` from one search; equal votes go to the lower class index.
+    """DINO's weighted k-NN classifier for several `k` from one search; ties go to the lower class index.
 
     Returns:
-        The predicted class of every test image, for each of `ks`.
+        k → predicted class of each test image.
 
     Raises:
         UserError: a `k` that is not between 1 and the number of training images, or labels or features that no
@@ -120,10 +120,10 @@ def euclidean_knn_predict(
     num_classes: int,
     k: int = 5,
 ) -> Int[np.ndarray, " test"]:
-    """The majority among the `k` training images nearest by Euclidean distance; equal counts go to the lower class.
+    """The majority class of the `k` nearest training images by Euclidean distance; ties go to the lower class index.
 
-    Equal to scikit-learn's `KNeighborsClassifier(n_neighbors=k)`, except that among images at exactly the same
-    distance, of which only some can be among the `k`, the lower index comes first here.
+    Equal to scikit-learn's `KNeighborsClassifier(n_neighbors=k)`, except that here images at exactly the same distance
+    are ordered by their index.
 
     Raises:
         UserError: a `k` that is not between 1 and the number of training images, or labels or features that no
@@ -147,14 +147,16 @@ def _check_k(k: int, total: int) -> None:
 
 
 def _search(train_features, test_features, k: int, *, cosine: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Scores, descending, and indices; the score is the cosine, or the product less half the squared length."""
+    """Descending scores, and indices; the score is the cosine, or the product minus half the squared length."""
     total, tests = len(train_features), len(test_features)
     _check_k(k, total)
     check_finite(test_features)
     rows = -(-total // -(-total // _TRAIN_ROWS))
     queries = jnp.asarray(test_features, jnp.float32)
-    # Distances do not change when both sets move; near the origin less of them is lost to rounding.
-    centre = 0 if cosine else np.asarray(train_features[:rows], np.float32).mean(axis=0)
+    # Moving both sets changes no distance, and near the origin less is lost to rounding.
+    centre = np.asarray(train_features[:rows], np.float32).mean(axis=0)
+    if cosine:
+        centre = np.zeros_like(centre)
     queries = _normalise(queries) if cosine else queries - centre[None]
     queries = jnp.pad(queries, ((0, -tests % _TEST_ROWS), (0, 0))).reshape(-1, _TEST_ROWS, queries.shape[1])
     best = jnp.full((*queries.shape[:2], k), -jnp.inf), jnp.zeros((*queries.shape[:2], k), jnp.int32)
@@ -174,7 +176,7 @@ def _normalise(features: Array) -> Array:
 
 @partial(jax.jit, donate_argnums=0, static_argnames="cosine")
 def _merge_neighbours(best: tuple, queries: Array, chunk: Array, start: Array, valid: Array, *, cosine: bool) -> tuple:
-    """The running best of every query after one more chunk, of which only the first `valid` rows are images."""
+    """The best neighbours of each query after one more chunk, of which only the first `valid` rows are images."""
     chunk = _normalise(chunk) if cosine else chunk
     handicap = jnp.zeros(len(chunk)) if cosine else -0.5 * jnp.sum(chunk**2, axis=1)
     handicap = jnp.where(jnp.arange(len(chunk)) < valid, handicap, -jnp.inf)
@@ -185,7 +187,7 @@ def _merge_neighbours(best: tuple, queries: Array, chunk: Array, start: Array, v
         k = scores.shape[1]
         found = jnp.matmul(query, chunk, precision="highest") + handicap[None]
         found, position = jax.lax.top_k(found, min(k, chunk.shape[1]))
-        # Earlier chunks stand first, and top_k keeps the order of equals: ties go to the lower training index.
+        # Earlier chunks come first, and top_k keeps the order of equals, so ties go to the lower training index.
         scores, choice = jax.lax.top_k(jnp.concatenate([scores, found], axis=1), k)
         indices = jnp.concatenate([indices, position + start], axis=1)
         return scores, jnp.take_along_axis(indices, choice, axis=1)

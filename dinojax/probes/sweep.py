@@ -1,6 +1,6 @@
-"""DINOv2's linear evaluation: many linear classifiers at once, of which held-out images choose one.
+"""DINOv2's linear evaluation: many linear classifiers are trained at once, and held-out images select one.
 
-Source of the protocol: facebookresearch/dinov2 `dinov2/eval/linear.py`. There the test set chooses; here it does not.
+Source of the protocol: facebookresearch/dinov2 `dinov2/eval/linear.py`, which selects on the test set instead.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from dinojax.errors import require
 from dinojax.probes.labelled import check_finite, check_labelled, check_range
 from dinojax.probes.linear import LinearHead, cross_entropy, minibatches
 
-# For a batch of 256 images; a smaller batch takes less, in proportion.
+# For batches of 256 images; the rate is proportional to the batch size.
 SWEEP_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 _MOMENTUM = 0.9
 _INITIAL_DEVIATION = 0.01
@@ -26,12 +26,12 @@ BlockFeatures = Float[Array | np.ndarray, "images features dim"]
 
 
 class SweepSettings(NamedTuple):
-    """What tells one classifier of the sweep from another.
+    """The settings of one classifier of the sweep.
 
     Attributes:
-        learning_rate: for a batch of 256 images.
-        blocks: how many of the last blocks give their CLS token.
-        mean_patch: whether the mean patch token of the last block stands behind them.
+        learning_rate: learning rate for batches of 256 images.
+        blocks: number of last blocks whose CLS token is an input.
+        mean_patch: whether the mean patch token of the last block is an input too.
     """
 
     learning_rate: float
@@ -40,12 +40,12 @@ class SweepSettings(NamedTuple):
 
 
 class SweepResult(NamedTuple):
-    """The classifiers of a sweep, and which is best: the highest held-out accuracy, then the lowest held-out loss.
+    """The classifiers of a sweep; the best has the highest held-out accuracy, then the lowest held-out loss.
 
     Attributes:
-        settings: of every classifier.
-        heldout_accuracy: fractions.
-        heldout_loss: mean cross-entropy in nats.
+        settings: settings of each classifier.
+        heldout_accuracy: accuracy of each on held-out images, a fraction.
+        heldout_loss: mean cross-entropy of each on held-out images, in nats.
         best: index of the best classifier.
         head: the best classifier; it takes `sweep_inputs(features, settings[best])`.
     """
@@ -58,7 +58,7 @@ class SweepResult(NamedTuple):
 
 
 def sweep_inputs(features: BlockFeatures, settings: SweepSettings) -> Float[Array | np.ndarray, "images width"]:
-    """What one classifier of the sweep sees: CLS tokens of its blocks, earlier ones first, then the mean patch."""
+    """The input of one classifier of the sweep: the CLS tokens of its blocks, earlier first, then the mean patch."""
     start, stop = _columns(features.shape[1:], settings.blocks, settings.mean_patch)
     return features.reshape(len(features), -1)[:, start:stop]
 
@@ -75,14 +75,14 @@ def fit_linear_sweep(
     steps: int = 12_500,
     batch_size: int = 128,
 ) -> SweepResult:
-    """One linear classifier for each learning rate and each of four inputs, all trained on the same minibatches.
+    """Trains one linear classifier for each learning rate and each of four inputs, on the same minibatches.
 
-    The features of an image are the CLS tokens of its last blocks and, in the last place, its mean patch token. The
-    inputs are the CLS token of the last block or of all these blocks, each with and without the mean patch token. Every
-    classifier becomes what `fit_sgd_linear` makes of its input and rate alone with the same `key`.
+    The features of an image are the CLS tokens of its last blocks, followed by its mean patch token. The inputs are the
+    CLS token of the last block or of all these blocks, each with and without the mean patch token. Each classifier
+    equals the result of `fit_sgd_linear` for its input and rate with the same `key`.
 
     Raises:
-        UserError: features, labels or settings that nothing can be learned from.
+        UserError: features, labels or settings that cannot be learned from.
     """
     _check((train_features, train_labels), steps, batch_size, num_classes)
     check_range(heldout_labels, num_classes)
@@ -120,12 +120,13 @@ def fit_sgd_linear(
     steps: int = 12_500,
     batch_size: int = 128,
 ) -> LinearHead:
-    """One linear classifier of the sweep, by itself: SGD with momentum 0.9, a cosine to zero, no weight decay.
+    """Trains a single classifier of the sweep: SGD with momentum 0.9, a cosine to zero, no weight decay.
 
-    The kernel starts normal with deviation 0.01, the bias at zero. The step is `learning_rate` · `batch_size` / 256.
+    The initial kernel is normal with deviation 0.01, the initial bias zero. The rate is `learning_rate` · `batch_size`
+    / 256.
 
     Raises:
-        UserError: features, labels or settings that nothing can be learned from.
+        UserError: features, labels or settings that cannot be learned from.
     """
     _check((features, labels), steps, batch_size, num_classes)
     (head,) = train_heads(
@@ -143,7 +144,7 @@ def fit_sgd_linear(
 
 @partial(jax.jit, static_argnames=("columns", "num_classes", "steps", "batch_size"))
 def train_heads(features, labels, key, learning_rates, *, columns, num_classes, steps, batch_size) -> list[LinearHead]:
-    """For each of `columns` the heads of all learning rates side by side, "width rates*classes"."""
+    """For each of `columns`, the heads of all learning rates side by side, "width rates*classes"."""
     init_key, order_key = jax.random.split(key)
     rates = jnp.repeat(learning_rates * (batch_size / 256), num_classes)
     heads = [_initial(init_key, stop - start, num_classes, len(learning_rates)) for start, stop in columns]
@@ -168,12 +169,12 @@ def train_heads(features, labels, key, learning_rates, *, columns, num_classes, 
 
 @partial(jax.jit, static_argnames=("columns", "num_classes"))
 def evaluate_heads(heads, features, labels, *, columns, num_classes) -> tuple[Array, Array]:
-    """Mean loss and accuracy of every head, a few images at a time."""
+    """Mean loss and accuracy of each head, computed in chunks of images."""
 
     def one(row_and_label):
         row, label = row_and_label
-        scores = [_scores(head, row[None, slice(*place)], num_classes)[0] for head, place in zip(heads, columns)]
-        scores = jnp.concatenate(scores)
+        rows = [row[None, slice(*place)] for place in columns]
+        scores = jnp.concatenate([_scores(head, one, num_classes)[0] for head, one in zip(heads, rows)])
         return cross_entropy(scores, jnp.broadcast_to(label, len(scores))), scores.argmax(axis=-1) == label
 
     loss, hits = jax.lax.map(one, (features, labels), batch_size=_ROWS)
@@ -191,8 +192,8 @@ def _initial(key: Array, width: int, num_classes: int, rates: int) -> LinearHead
     return LinearHead(jnp.tile(kernel, rates), jnp.zeros(rates * num_classes))
 
 
-def _columns(shape: tuple[int, int], blocks: int, mean_patch: bool) -> tuple[int, int]:
-    """First column and the one after the last, where the tokens of an image stand in a row."""
+def _columns(shape: tuple[int, ...], blocks: int, mean_patch: bool) -> tuple[int, int]:
+    """First column, and the one after the last, of an input in the flattened tokens of an image."""
     tokens, dim = shape
     require(1 <= blocks < tokens, "blocks", blocks, f"between 1 and the {tokens - 1} blocks that there are features of")
     return (tokens - 1 - blocks) * dim, (tokens if mean_patch else tokens - 1) * dim
@@ -203,6 +204,7 @@ def _flat(features: BlockFeatures) -> Array:
 
 
 def _check(train: tuple, steps: int, batch_size: int, num_classes: int) -> None:
-    check_labelled(*train, num_classes)
+    features, labels = train
+    check_labelled(features, labels, num_classes)
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         require(value >= 1, name, value, "a positive number")

@@ -108,7 +108,7 @@ def test_the_model_does_not_share_memory_with_the_checkpoint():
         ({"norm.bias": np.zeros(48, np.int32)}, r"norm\.bias holds int32"),
         ({"norm.bias": "text"}, r"norm\.bias is of type str"),
         ({"blocks.0.0.norm1.bias": STATE["norm.bias"]}, r"two tensors .*blocks\.0\.norm1\.bias"),
-        ({"patch_embed.proj.weight": None}, r"no DINO or DINOv2 backbone: patch_embed\.proj\.weight missing"),
+        ({"patch_embed.proj.weight": None}, r"not a DINO or DINOv2 backbone: patch_embed\.proj\.weight missing"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):

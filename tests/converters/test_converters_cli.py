@@ -218,7 +218,7 @@ def test_a_foreign_folder_is_never_replaced(tmp_path, capsys):
     hub.mkdir()
     (hub / "config.json").write_text('{"model_type": "dinov2"}')
     (hub / "precious.txt").write_text("mine")
-    assert "no converted model" in refusal(capsys, file, "--out", hub)
+    assert "not a converted model" in refusal(capsys, file, "--out", hub)
     assert (hub / "precious.txt").read_text() == "mine"
 
 

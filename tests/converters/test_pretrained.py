@@ -113,7 +113,9 @@ def test_the_second_call_needs_neither_server_nor_torch(server, tmp_path):
 
 def test_an_interrupted_download_goes_on_where_it_stopped(server, tmp_path):
     server.cut_after = 100_000
-    with pytest.raises(UserError, match=rf"stopped after 100000 of {len(FILE)} bytes.*goes on from there"):
+    with pytest.raises(
+        UserError, match=rf"stopped after 100000 of {len(FILE)} bytes.*run the same command again to resume"
+    ):
         load(tmp_path)
     assert files_in(tmp_path) == {f"downloads/tiny_pretrain.pth.part{end}" for end in ("", ".version")}
     server.cut_after = None
@@ -166,7 +168,7 @@ def test_another_digest_is_refused_and_removed(server, tmp_path):
 
 def test_another_length_is_refused_before_the_download(server, tmp_path):
     server.files[TINY.path] = FILE + b"more"
-    with pytest.raises(UserError, match=f"{len(FILE) + 4} bytes where {len(FILE)} are published"):
+    with pytest.raises(UserError, match=f"{len(FILE) + 4} bytes, but {len(FILE)} are published"):
         load(tmp_path)
     assert files_in(tmp_path) == set()
 

@@ -107,7 +107,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, form):
     else:
         options = {} if form == "zip" else {"_use_new_zipfile_serialization": False}
         (tmp_path / "bad.pth").write_bytes(torch_bytes(content, **options))
-    with pytest.raises(UserError, match=r"refused|no PyTorch weight file"):
+    with pytest.raises(UserError, match=r"refused|not a PyTorch weight file"):
         pretrained.load_pretrained("tiny_vit14", weights=tmp_path / "bad.pth")
     assert not (tmp_path / "executed").exists()
 
@@ -120,16 +120,22 @@ BAD_FILES = {
     "cut.pth": (FILE[: len(FILE) // 2], "damaged or cut off"),
     "cut_legacy.pth": (LEGACY[: len(LEGACY) // 2], "damaged or cut off"),
     "zip_garbage.pth": (b"PK\x03\x04" + bytes(range(256)) * 9, "damaged or cut off"),
-    "garbage.pth": (bytes(range(256)) * 9, "no PyTorch weight file|damaged"),
+    "garbage.pth": (bytes(range(256)) * 9, "not a PyTorch weight file|damaged"),
     "page.pth": (b"\n<!DOCTYPE html><html>403</html>", "is a web page"),
     "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
-    "cut.safetensors": (SAFE[: len(SAFE) // 2], "damaged or no safetensors"),
-    "garbage.safetensors": (b"PK\x03\x04" * 9, "damaged or no safetensors"),
+    "cut.safetensors": (SAFE[: len(SAFE) // 2], "damaged or not a safetensors"),
+    "garbage.safetensors": (b"PK\x03\x04" * 9, "damaged or not a safetensors"),
     "tensor.pth": (lambda: _torch_value("tensor"), "holds a Tensor where a dictionary"),
-    "numbers.pth": (torch_bytes({"epoch": 3, "name": "run"}), "no DINO or DINOv2 backbone|where a tensor was expected"),
+    "numbers.pth": (
+        torch_bytes({"epoch": 3, "name": "run"}),
+        "not a DINO or DINOv2 backbone|but a tensor was expected",
+    ),
     "integers.pth": (torch_bytes(STATE | {"norm.bias": np.zeros(64, np.int64)}), "norm.bias holds int64"),
     "nan.pth": (torch_bytes(NOT_FINITE), r"not finite in blocks\.1\.mlp\.fc1\.bias"),
-    "other.pth": (torch_bytes(official_state(TINY_V1)), "is no tiny_vit14: img_size 32 instead of 28, patch_size 16"),
+    "other.pth": (
+        torch_bytes(official_state(TINY_V1)),
+        "is not a tiny_vit14: img_size 32 instead of 28, patch_size 16",
+    ),
 }
 
 
