@@ -7,10 +7,10 @@ DEMO := $(VENV)/.installed-experiments
 DEV := $(VENV)/.installed-dev
 PYTEST := $(BIN)/python -m pytest --durations=25
 
-# Compiled programs are kept between runs of the tests: compiling is most of their time. `make clean` removes them.
-export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
-export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= 0
+# The tests keep compiled programs for the next run: compiling is most of their time. `make clean` removes them.
+test test-all test-network: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+test test-all test-network: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
+test test-all test-network: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= 0
 
 .PHONY: help demo test test-all test-network lint docs bench clean
 .DEFAULT_GOAL := help
