@@ -27,7 +27,7 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -qq --editable '.[$*]'
 	touch $@
 
-demo: $(DEMO)  ## probe and pretrain on the digits inside scikit-learn: two minutes, no data to download
+demo: $(DEMO)  ## probe and pretrain on the digits inside scikit-learn: a few minutes, no data to download
 	$(BIN)/dinojax probe --data digits --weights random:dino_vitt8 --image-size 64 --epochs 20 --out runs/demo
 	$(BIN)/dinojax demo --out runs/demo-dino
 
