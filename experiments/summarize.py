@@ -28,7 +28,7 @@ from experiments.runs.records import write_whole
 class Config:
     """A summary of runs."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS…")]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS…", help_behavior_hint="")]
     """Folders of evaluations, trainings or fine-tunings, or folders that hold them at any depth."""
     out: Path | None = None
     """Markdown file that the tables are also written to."""

@@ -23,16 +23,15 @@ HELDOUT, REPORTED = "heldout", "reported"
 
 
 @dataclasses.dataclass(frozen=True)
-class NetworkSettings:
+class EvaluatedNetworks:
     """The networks that are evaluated."""
 
     network: Literal["all", "teacher", "student"] = "all"
-    """Network of a run folder to evaluate."""
+    """Networks of a run folder to evaluate."""
     untrained: bool = False
-    """Whether to evaluate an untrained network of the same architecture as well, drawn from the seed."""
+    """Whether to also evaluate an untrained network of the same architecture, drawn from the seed."""
     pixels: bool = False
-    """Whether to evaluate raw pixels as features as well, which takes 12 bytes of memory for each pixel of each
-    image."""
+    """Whether to also evaluate raw pixels as features, which takes 12 bytes of memory for each pixel of each image."""
     resize: Annotated[int | None, POSITIVE] = None
     """Pixels that the shorter side of an image is resized to before the centre is cropped. None takes the image
     size."""
@@ -42,6 +41,12 @@ class NetworkSettings:
 class ProbeSettings:
     """The classifiers that are fitted to the features."""
 
+    classifiers: str = "all"
+    """Comma-separated classifiers, or all: knn (DINO's weighted cosine votes, k = 10, 20, 100, 200); knn5 (Euclidean
+    majority vote, k = 5); sweep (DINOv2's 52 linear heads, for models of four blocks or more); crops (a linear probe by
+    Adam and a Euclidean 5-NN, fitted to one random crop of 60–100 % of each image, flipped or not, and evaluated on
+    images resized to 8 px more than the image size before the centre is cropped); few_shot (1-NN, k-NN and linear)."""
+
     # What a subclass may change, or declare as a setting.
     available: ClassVar[tuple[str, ...]] = ("knn", "knn5", "sweep", "crops", "few_shot")
     parts: ClassVar[tuple[str, ...]] = (CLS, MEAN_PATCH)  # of a backbone's features that classifiers are fitted to
@@ -50,11 +55,6 @@ class ProbeSettings:
     protocol: ClassVar[str] = HELDOUT
     augment: ClassVar[int] = 0
 
-    classifiers: str = "all"
-    """Comma-separated classifiers, or all: knn (DINO's weighted cosine votes, k = 10, 20, 100, 200); knn5 (Euclidean
-    majority vote, k = 5); sweep (DINOv2's 52 linear heads, for models of four blocks or more); crops (a linear probe by
-    Adam and a Euclidean 5-NN, fitted to one random crop of 60–100 % of each image, flipped or not, and evaluated on
-    images resized to 8 px more than the image size before the centre is cropped); few_shot (1-NN, k-NN and linear)."""
     epochs: Annotated[int, POSITIVE] = 100
     """Number of epochs of the linear probe on crops."""
     learning_rate: Annotated[float, POSITIVE] = 1e-3
@@ -135,7 +135,7 @@ class EvaluationConfig:
 
     model: Flags[GivenBackbone]
     dataset: Flags[DataSettings]
-    networks: Flags[NetworkSettings] = NetworkSettings()
+    networks: Flags[EvaluatedNetworks] = EvaluatedNetworks()
     probes: Flags[ProbeSettings] = ProbeSettings()
     run: Flags[OutputSettings] = OutputSettings()
 
@@ -159,6 +159,6 @@ class ClassifierConfig(EvaluationConfig):
 
     model: Flags[BackboneSettings] = BackboneSettings(image_size=224)
     dataset: Flags[DataSettings] = DataSettings("cifar10")
-    networks: ClassVar[NetworkSettings] = NetworkSettings(network="teacher")
+    networks: ClassVar[EvaluatedNetworks] = EvaluatedNetworks(network="teacher")
     probes: Flags[ClassifierSettings] = ClassifierSettings()
     run: Flags[FigureSettings] = FigureSettings()

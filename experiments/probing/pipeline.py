@@ -67,22 +67,19 @@ class Row:
         return {**dataclasses.asdict(self), "accuracy": self.accuracy, "deviation": self.deviation}
 
 
-class FittedProbe(NamedTuple):
-    """A probe fitted to one part of the features, in every fold, and what that took."""
+class EvaluatedProbe(NamedTuple):
+    """A probe of one part of the features: its fits and predictions by fold, and their cost in the first fold.
+
+    The training images are predicted only where it is needed.
+    """
 
     probe: str
     part: str
     fits: list[Fit]
-    cost: Cost
-
-
-class EvaluatedProbe(NamedTuple):
-    """A fitted probe and its predictions, by fold; those of the training images only where they are needed."""
-
-    fitted: FittedProbe
-    test: Sequence[Prediction]
-    train: Sequence[Prediction]
-    predict_cost: Cost
+    fit_cost: Cost
+    test: Sequence[Prediction] = ()
+    train: Sequence[Prediction] = ()
+    predict_cost: Cost | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +116,7 @@ class Pipeline:
         self._settings, self._seed = config.probes, config.run.seed
         self._classes = len(dataset.class_names)
 
-    def evaluate(self, network: str, source: FeatureExtractor | RawPixels) -> Evaluation:
+    def evaluate_network(self, network: str, source: FeatureExtractor | RawPixels) -> Evaluation:
         """Computes the features of a network and evaluates them."""
         started = time.perf_counter()
         training, sealed = extract(self.config, source, self.dataset, self.folds)
@@ -144,16 +141,16 @@ class Pipeline:
 
     def _fit_all(
         self, network: str, parts: Sequence[str], training: TrainingFeatures, test: UnseenFeatures | None
-    ) -> list[FittedProbe]:
+    ) -> list[EvaluatedProbe]:
         """The fits of all folds by probe and part."""
-        found: dict[tuple[str, str], FittedProbe] = {}
+        found: dict[tuple[str, str], EvaluatedProbe] = {}
         with tqdm(desc=f"fitting {network}", unit="classifier", dynamic_ncols=True) as bar:
             for fold, part in itertools.product(self.folds, parts):
                 for probe, name, data in self._training_data(fold, part, training, test):
                     bar.set_postfix_str(f"{part} {probe}")
                     with measured() as cost:
                         one = fit(name, data, self._settings, self._seed)
-                    found.setdefault((probe, part), FittedProbe(probe, part, [], cost)).fits.append(one)
+                    found.setdefault((probe, part), EvaluatedProbe(probe, part, [], cost)).fits.append(one)
                     bar.update()
         return list(found.values())
 
@@ -184,7 +181,7 @@ class Pipeline:
             elif name != FEW_SHOT:
                 yield name, name, data
 
-    def _predict(self, fitted: FittedProbe, training: TrainingFeatures, unseen: UnseenFeatures) -> EvaluatedProbe:
+    def _predict(self, fitted: EvaluatedProbe, training: TrainingFeatures, unseen: UnseenFeatures) -> EvaluatedProbe:
         classifiers = [one.classifier for one in fitted.fits]
         features = unseen.framed if fitted.probe in ON_CROPS else unseen.plain
         with measured() as cost:
@@ -194,11 +191,11 @@ class Pipeline:
             train = [
                 classifier.predict(_of(training.plain, fold.rows)) for classifier, fold in zip(classifiers, self.folds)
             ]
-        return EvaluatedProbe(fitted, test, train, cost)
+        return fitted._replace(test=test, train=train, predict_cost=cost)
 
     def _rows(self, network: str, evaluated: EvaluatedProbe, labels: np.ndarray) -> Iterator[Row]:
         """One row, or one for each k of the weighted k-NN."""
-        probe, part, fits, _ = evaluated.fitted
+        probe, part, fits, *_ = evaluated
         details = {"selection": fits[0].selection, **fits[0].details}
         trained = self._train_accuracy(evaluated)
         classes = {probe: [one.classes for one in evaluated.test]}
@@ -212,8 +209,8 @@ class Pipeline:
 
     def _train_accuracy(self, evaluated: EvaluatedProbe) -> float | None:
         """Of the images that a classifier was fitted to; among neighbours, every image would find itself."""
-        probe, _, fits, _ = evaluated.fitted
-        if probe in _NEIGHBOURS:
+        fits = evaluated.fits
+        if evaluated.probe in _NEIGHBOURS:
             return None
         if "curves" in fits[0].details:
             curves = [(one.details["curves"]["train_accuracy"], one.details["best_epoch"]) for one in fits]

@@ -33,7 +33,7 @@ class EvaluationResult:
 
 
 class Evaluator:
-    """The networks of an evaluation with their data, and the result that is written of them.
+    """The networks and the data of an evaluation, and what is printed and written about them.
 
     Raises:
         UserError: weights or settings that cannot be used.
@@ -92,11 +92,11 @@ class Evaluator:
             print(f"note: svc takes minutes for {len(data.train):,} training images, on one core")
         print(flush=True)
 
-    def evaluate(self) -> Iterator[Evaluation]:
-        """Evaluates the networks one after the other, and then raw pixels if the settings ask for them."""
+    def evaluations(self) -> Iterator[Evaluation]:
+        """Of each network in turn, and then of raw pixels if the settings ask for them."""
         pixels = {PIXELS: RawPixels(self.extractor.image_size)} if self.config.networks.pixels else {}
         for name, source in {**self._extractors, **pixels}.items():
-            yield self._pipeline.evaluate(name, source)
+            yield self._pipeline.evaluate_network(name, source)
 
     def write(self, folder: Path, rows: Sequence[Row], seconds: Mapping[str, Mapping[str, float]]) -> None:
         """Writes result.json and config.json."""
@@ -149,10 +149,10 @@ Report = Callable[[Path, Evaluator], tuple[Sequence[Row], str]]
 
 
 def overview(folder: Path, evaluator: Evaluator) -> tuple[Sequence[Row], str]:
-    """Evaluates all networks and writes their result and figures; returns the rows and the table to print."""
+    """Evaluates all networks, and writes the result and the figures; returns the rows and the table to print."""
     rows: list[Row] = []
     seconds = {}
-    for found in evaluator.evaluate():
+    for found in evaluator.evaluations():
         rows += found.rows
         seconds[found.network] = found.seconds
     evaluator.write(folder, rows, seconds)

@@ -38,7 +38,7 @@ class EvaluatedRun:
         same: what the runs of one line have in common, as JSON.
         weights: identifies the trained weights.
         trained_on: name of the data set that the weights were trained on; "" where it is not known.
-        evaluated_on: name of the data set and the image size, and how results were selected if not on held-out images.
+        evaluated_on: name of the data set, image size, and what is unusual about the evaluation.
         about: model, images, parameters and epochs of the training.
         seconds: time of the training.
         device: "GPU", "TPU" or "CPU".
@@ -113,6 +113,7 @@ def _evaluation(folder: Path, result: Mapping[str, Any]) -> EvaluatedRun:
         training.get("data", ""),
         f"{data['name']}, {result['image_size']} px"
         + (f", {data['folds']} folds" if data["folds"] > 1 else "")
+        + (", by cifar10_probe" if result["command"] == "cifar10_probe" else "")
         + (f", {ON_TEST}" if config.get("protocol") == REPORTED else ""),
         about,
         training.get("train_seconds"),

@@ -182,7 +182,7 @@ def fitted_with(test_seed, protocol, names):
     sealed = SealedTest(UnseenFeatures(test_features, shuffled))
     config = config_of(names, epochs=8, mlp_epochs=8, sweep_steps=60, protocol=protocol)
     _, probes, _ = pipeline.Pipeline(config, dataset).evaluate_features("model", TrainingFeatures(features), sealed)
-    return {one.fitted.probe: one.fitted.fits[0] for one in probes}
+    return {one.probe: one.fits[0] for one in probes}
 
 
 def test_no_test_image_has_a_say_in_what_is_fitted():
