@@ -10,7 +10,8 @@ from experiments.__main__ import COMMANDS
 from tests.support.house import ROOT, python_files, room
 
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tests/reference/README.md")]
+PAGES += [*(ROOT / "dinojax" / "assets").rglob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_first_screens_stay_short():
