@@ -1,0 +1,124 @@
+"""The one place that opens images: formats by name, upright, RGB, in bounded memory, whatever is in the file."""
+
+import io
+import stat
+import threading
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from dinojax.errors import UserError
+
+# Pillow reads these by itself. It starts Ghostscript for EPS, and leaves WMF, GRIB and HDF5 to other programs.
+_SAFE = (
+    *("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA"),
+    *("TIFF", "WEBP"),
+)
+Image.init()
+FORMATS = tuple(name for name in _SAFE if name in Image.OPEN)
+SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+
+# The EXIF orientation → what turns the pixels upright. Source: Exif 2.32, tag 0x0112.
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_LARGE_PIXELS = 2**25  # 33 megapixels: larger images are decoded one after the other, however many threads there are
+_ONE_LARGE = threading.Lock()
+
+Pixels = UInt8[np.ndarray, "height width 3"]
+
+
+def decode_rgb(file: Path | io.BytesIO, name: str, *, draft: int | None = None) -> Pixels:
+    """Reads an image of any mode as RGB, turned upright by its EXIF tag.
+
+    Greyscale, palette and CMYK images are converted, alpha is dropped (as `PIL.Image.convert("RGB")`, which upstream
+    uses), 16-bit values are divided by 256. Metadata that cannot be read is ignored.
+
+    Args:
+        file: a regular file, or its bytes.
+        name: of the image, for messages.
+        draft: decode a JPEG at a half, a quarter or an eighth of its size, no side below this many pixels.
+
+    Raises:
+        UserError: the file is not a whole image of a format in `FORMATS`, or has 32-bit or floating-point pixels, whose
+            range is not known.
+    """
+    if isinstance(file, Path):
+        _check_regular(file, name)
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            if draft is not None and image.format == "JPEG":
+                image.draft(None, (draft, draft))
+            if image.width * image.height <= _LARGE_PIXELS:
+                return _rgb(image, name)
+            with _ONE_LARGE:
+                return _rgb(image, name)
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise whatever a damaged file makes them raise
+        raise UserError(f"{name} is not a readable image ({_reason(error, name)}); replace or remove it") from error
+
+
+def image_size(file: Path, name: str) -> tuple[int, int]:
+    """Height and width of an image as `decode_rgb` returns it, from its header alone.
+
+    Raises:
+        UserError: as `decode_rgb`, as far as the header tells.
+    """
+    _check_regular(file, name)
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            turned = _orientation(image) in (5, 6, 7, 8) and image.format != "TIFF"  # its size is turned already
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception as error:
+        raise UserError(f"{name} is not a readable image ({_reason(error, name)}); replace or remove it") from error
+
+
+def _rgb(image: Image.Image, name: str) -> Pixels:
+    image.load()  # Pillow turns TIFF files itself, and then forgets their orientation
+    orientation = _orientation(image)
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        raise UserError(
+            f"{name} has {image.mode} pixels (32 bits), whose range is not known; store it with 8 or 16 bits"
+        )
+    if image.mode.startswith("I"):  # 16 bits; Pillow opens such PGM files as 32-bit integers
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P":  # Pillow warns about transparency on the direct way
+        image = image.convert("RGBA")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    return np.asarray(image)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        found = image.getexif().get(_ORIENTATION)
+    except Exception:
+        return None
+    return found if isinstance(found, int) else None
+
+
+def _check_regular(file: Path, name: str) -> None:
+    """Opening a pipe or a device would wait for ever."""
+    try:
+        mode = file.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} cannot be read ({getattr(error, 'strerror', error)}); replace or remove it") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{name} is not a regular file; remove it")
+
+
+def _reason(error: Exception, name: str) -> str:
+    """Pillow repeats the name, or the address of an object, where it knows no format."""
+    return "no known image format" if isinstance(error, Image.UnidentifiedImageError) else str(error) or repr(error)
