@@ -185,8 +185,8 @@ class FinetuneConfig:
 
     dataset: Flags[FolderSettings]
     model: Flags[TunedModel] = TunedModel()
+    training: Flags[TrainingSettings] = TrainingSettings()  # before `views`, whose defaults follow from the protocol
     views: Flags[ViewSettings] = ViewSettings()
-    training: Flags[TrainingSettings] = TrainingSettings()
     compute: Flags[ComputeSettings] = ComputeSettings()
     run: Flags[ResumableRun] = ResumableRun()
 

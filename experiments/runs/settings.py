@@ -214,10 +214,3 @@ def _leaves(config: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
             yield from _leaves(value)
         else:
             yield field.name, value, getattr(hints[field.name], "__metadata__", ())
-
-
-def require_positive(config: object, names: Iterator[str] | tuple[str, ...]) -> None:
-    """Raises a `UserError` where one of these attributes is neither None nor above 0."""
-    for name in names:
-        value = getattr(config, name)
-        require(value is None or value > 0, name, value, "a positive number")
