@@ -105,16 +105,10 @@ def run(config: Config) -> dict[str, "Prediction"]:
 
 def _images(path: Path) -> "Split":
     """One image, or the readable ones of a folder."""
-    from experiments.data.splits import Split, decode_rgb, digest, file_stamp, readable_images
+    from experiments.data.files import readable_images, split_of_paths
 
     files, root = list(readable_images([path])), path if path.is_dir() else path.parent
-    return Split(
-        "new",
-        [str(file.relative_to(root)) for file in files],
-        np.zeros(len(files), np.int64),
-        lambda i: decode_rgb(files[i], str(files[i])),
-        digest(*(file_stamp(str(file.resolve()), file) for file in files)),
-    )
+    return split_of_paths(root, "new", files, np.zeros(len(files), np.int64))
 
 
 def _features(config: Config, index: Mapping[str, Any], split: "Split") -> "FeatureParts":

@@ -112,7 +112,7 @@ def run(config: Config) -> list[Path]:
     _check(config)
     from tqdm import tqdm
 
-    from experiments.data.splits import readable_images
+    from experiments.data.files import readable_images
     from experiments.runs import records
 
     model, drawn = config.model, config.maps

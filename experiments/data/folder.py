@@ -8,12 +8,15 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from dinojax.errors import UserError
+from experiments.data.decode import SUFFIXES
+from experiments.data.files import find_images, no_images, notes_about, readable_name, split_of_files
 from experiments.data.image_copies import find_copies
-from experiments.data.splits import SUFFIXES, Dataset, Split, image_files, limit_images, split_of_files
+from experiments.data.splits import Dataset, Split, limit_images
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -64,8 +67,7 @@ def load_folder(root: Path, *, max_train: int | None = None, max_test: int | Non
     for split, names in (("train", SPLIT_NAMES["train"]), ("test", SPLIT_NAMES["test"] + SPLIT_NAMES["validation"])):
         if folders[split] is None:
             raise UserError(f"{_lacking(root, f'folder {_either(names)}')}: {_TRAIN_AND_TEST}")
-    files = {split: _class_files(folder, _TRAIN_AND_TEST) for split, folder in folders.items()}
-    notes = [note for folder in folders.values() for note in _loose_images(folder)]
+    files, notes = _files_of_splits(root, folders, _TRAIN_AND_TEST)
     classes, splits, more = _labelled(root, files, {"train": max_train, "test": max_test}, seed, _TRAIN_AND_TEST)
     return Dataset(root.resolve().name, classes, splits["train"], splits["test"], (*notes, *more))
 
@@ -103,8 +105,7 @@ def load_image_folder(
     """
     root = root.expanduser()
     folders = _split_folders(root, dict(zip(SPLIT_NAMES, (train_split, val_split, test_split))))
-    files = {split: _class_files(folder, _TRAIN_AND_VALIDATION) for split, folder in folders.items()}
-    notes = [note for folder in folders.values() for note in _loose_images(folder)]
+    files, notes = _files_of_splits(root, folders, _TRAIN_AND_VALIDATION)
     if "validation" not in files or val_fraction is not None:
         notes += _add_validation(root, folders, files, val_fraction, seed)
     limits = {"train": max_train, "validation": max_val}
@@ -125,7 +126,7 @@ def _labelled(
     images = sum(map(len, splits.values()))
     if images > _MOST_COMPARED:
         return classes, splits, [*notes, f"{root.name}: {images:,} images are too many to look for copies among them"]
-    return classes, splits, notes + find_copies(root, splits)
+    return classes, splits, notes + find_copies(splits)
 
 
 def _split_folders(root: Path, named: dict[str, str | None]) -> dict[str, Path]:
@@ -164,16 +165,27 @@ def _find_split(
     return usual[0] if usual else None
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+def _folders(folder: Path, *, broken_links: Literal["ignored", "refused"] = "ignored") -> list[Path]:
+    visible = [path for path in _content(folder) if not path.name.startswith((".", "__"))]
+    broken = [path for path in visible if path.is_symlink() and not path.exists()]
+    if broken and broken_links == "refused":
+        raise UserError(f"{broken[0]} is a link to {broken[0].readlink()}, which does not exist; mend or remove it")
+    return [path for path in visible if path.is_dir()]
+
+
+def _content(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}); change its permissions or remove it") from error
 
 
 def _lacking(folder: Path, what: str) -> str:
-    return f"{folder} holds no {what}, only {_listing(folder)}" if any(folder.iterdir()) else f"{folder} is empty"
+    return f"{folder} holds no {what}, only {_listing(folder)}" if _content(folder) else f"{folder} is empty"
 
 
 def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
+    names = [path.name for path in _content(folder)]
     return ", ".join([*names[:5], f"{len(names) - 5:,} more"] if len(names) > 5 else names) or "nothing"
 
 
@@ -181,26 +193,36 @@ def _either(names: tuple[str, ...]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def _class_files(folder: Path, expected: str) -> Files:
-    """Image files by class, both sorted by name. Names that differ only in how accents are encoded are one class."""
-    found = defaultdict(list)
-    for path in _folders(folder):
-        images = image_files(path)
-        if not images:
-            raise UserError(
-                f"{path} holds no images ({', '.join(sorted(SUFFIXES))}): add some, or remove the empty class"
-            )
-        found[unicodedata.normalize("NFC", path.name)] += images
-    if not found:
+def _files_of_splits(root: Path, folders: Mapping[str, Path], expected: str) -> tuple[dict[str, Files], list[str]]:
+    """Image files by split and class, and notes about what is left out."""
+    found, notes = {}, []
+    for split, folder in folders.items():
+        found[split], more = _class_files(root, folder, expected)
+        notes += [*_loose_images(folder), *more]
+    return found, notes
+
+
+def _class_files(root: Path, folder: Path, expected: str) -> tuple[Files, list[str]]:
+    """Image files by class, both sorted by name; and notes about what is left out.
+
+    Names that differ only in how accents are encoded are one class.
+    """
+    files, searches = defaultdict(list), {}
+    for path in _folders(folder, broken_links="refused"):
+        searches[path] = find_images(path)
+        if not searches[path].files:
+            raise UserError(f"{no_images(path, searches[path])}: add some, or remove the empty class")
+        files[unicodedata.normalize("NFC", readable_name(path.name))] += searches[path].files
+    if not files:
         raise UserError(f"{_lacking(folder, 'class folders')}: {expected}")
-    return dict(sorted(found.items()))
+    return dict(sorted(files.items())), notes_about(root, searches)
 
 
 def _loose_images(folder: Path) -> list[str]:
     """A note about images beside the class folders."""
     loose = sorted(
         path.name
-        for path in folder.iterdir()
+        for path in _content(folder)
         if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
     )
     if not loose:

@@ -16,12 +16,12 @@ WORDS = {"train": "training", "validation": "validation", "test": "test"}
 _MIDDLE_BYTES = 4096
 
 
-def find_copies(root: Path, splits: dict[str, Split]) -> list[str]:
-    """A note for each kind of copy, with an example; `splits` are by name, their ids are paths inside `root`."""
+def find_copies(splits: dict[str, Split]) -> list[str]:
+    """A note for each kind of copy, with an example; `splits` are by name, and of files."""
     ids = [name for split in splits.values() for name in split.ids]
     role = [name for name, split in splits.items() for _ in split.ids]
     labels = np.concatenate([split.labels for split in splits.values()]).tolist()
-    groups = _same_content([root / name for name in ids])
+    groups = _same_content([path for split in splits.values() for path in split.files])
     # A group may hold thousands of images: its first image of each split and class represents it.
     firsts = [list({(role[i], labels[i]): i for i in reversed(group)}.values()) for group in groups]
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from experiments.data.splits import Pixels, Split
+from experiments.data.decode import Pixels
+from experiments.data.splits import Split
 from experiments.data.squares import Square
 
 _BATCHES_AHEAD = 2

@@ -1,14 +1,11 @@
 """Images of any shape made squares of one size, with torchvision's arithmetic on Pillow; and splits of such squares."""
 
-import contextlib
-import dataclasses
-from pathlib import Path
-
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
-from experiments.data.splits import Pixels, Split, digest
+from experiments.data.decode import Pixels, decode_rgb
+from experiments.data.splits import Split
 
 Square = UInt8[np.ndarray, "_side _side 3"]
 Resampling = Image.Resampling
@@ -49,37 +46,24 @@ def load_square(split: Split, index: int, size: int) -> UInt8[np.ndarray, "size 
 def centre_cropped(split: Split, resize: int, size: int, *, interpolation: str = "bicubic") -> Split:
     """The same images through `resize_centre_crop`, as a split of its own, whose features are cached on their own."""
     resample = Resampling[interpolation.upper()]
-    recipe = digest(split.fingerprint, f"shorter side {resize} px {interpolation}, centre {size} px")
 
     def read(index: int) -> Pixels:
         return resize_centre_crop(split.read(index), resize, size, resample=resample)
 
-    return dataclasses.replace(split, read=read, fingerprint=recipe)
+    return split.changed(read, f"shorter side {resize} px {interpolation}, centre {size} px")
 
 
-def reduced(split: Split, root: Path, side: int) -> Split:
+def reduced(split: Split, side: int) -> Split:
     """The same files, with large JPEGs decoded at a half, a quarter or an eighth of their size: at least 2 · `side` px.
 
     This takes a seventh of the time at 12 megapixels. It is for views of about `side` px that need not be exact: the
     JPEG decoder averages blocks of pixels before Pillow resizes, which changes one value in three by 1 and few by more
     than 2; and it rounds sides up, which may shift a crop by a pixel. Comparisons with torchvision need whole images.
 
-    Args:
-        split: of files; its ids are paths inside `root`.
-        root: folder.
-        side: pixels.
-
     Source: Pillow `JpegImageFile.draft`.
     """
-    folder = root.expanduser()
 
     def read(index: int) -> Pixels:
-        # An image that cannot be read this way is read whole below, where an error names it.
-        unreadable = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-        with contextlib.suppress(*unreadable), Image.open(folder / split.ids[index]) as image:
-            if image.format == "JPEG":
-                image.draft(None, (2 * side, 2 * side))
-                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        return split.read(index)
+        return decode_rgb(split.files[index], str(split.files[index]), draft=2 * side)
 
-    return dataclasses.replace(split, read=read, fingerprint=digest(split.fingerprint, f"reduced JPEG, {side} px"))
+    return split.changed(read, f"reduced JPEG, {side} px")

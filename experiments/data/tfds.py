@@ -13,7 +13,8 @@ import numpy as np
 
 from converters.download import reachable
 from dinojax.errors import UserError
-from experiments.data.splits import Dataset, Split, decode_rgb, digest
+from experiments.data.decode import decode_rgb
+from experiments.data.splits import Dataset, Split, digest
 
 TFDS_STORE = "https://storage.googleapis.com/tfds-data/"
 PATIENCE_SECONDS = 4.0

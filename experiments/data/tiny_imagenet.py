@@ -13,7 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from dinojax.errors import UserError
-from experiments.data.splits import SUFFIXES, Dataset, split_of_files
+from experiments.data.decode import SUFFIXES
+from experiments.data.files import split_of_files
+from experiments.data.splits import Dataset
 
 NAME = "tiny_imagenet"
 FOLDER = "tiny-imagenet-200"

@@ -1,12 +1,14 @@
 """Random views of images as splits of their own, so that their features are cached like any others."""
 
+import dataclasses
 import math
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from experiments.data.splits import Pixels, Split, digest
+from experiments.data.decode import Pixels
+from experiments.data.splits import Split
 
 SCALE = (0.6, 1.0)  # share of the image's area
 RATIO = (3 / 4, 4 / 3)  # width over height
@@ -23,7 +25,7 @@ def augmented(split: Split, view: int, size: int) -> Split:
         return _random_view(split.read(index), size, np.random.default_rng((view, index)))
 
     recipe = f"view {view}: crop {SCALE} {RATIO}, {size} px bicubic, flip"
-    return Split(f"{split.name} view {view}", split.ids, split.labels, read, digest(split.fingerprint, recipe))
+    return dataclasses.replace(split.changed(read, recipe), name=f"{split.name} view {view}")
 
 
 def _random_view(pixels: Pixels, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "size size 3"]:

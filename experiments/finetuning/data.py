@@ -79,7 +79,7 @@ class ImageData:
         config, task = self._config, self._task
         split, prepare = task.images.train, lambda pixels: resize_square(pixels, task.resize, resample=self._filter)
         if config.training.protocol == "recommended":  # as reported, photos are decoded at their full size
-            split = reduced(split, config.dataset.folder, task.resize)
+            split = reduced(split, task.resize)
         if not config.views.augment:
             split, prepare = self._cropped(task.images.train), lambda pixels: pixels
         return make_loader(

@@ -9,8 +9,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dinojax import UserError
+from experiments.data.decode import decode_rgb
 from experiments.data.load import load_dataset
-from experiments.data.splits import decode_rgb
 
 COLOURS = np.array([[[200, 30, 40], [10, 220, 60], [50, 70, 240]], [[0, 0, 0], [128, 128, 128], [255, 255, 255]]])
 
@@ -115,8 +115,8 @@ def remove_images(folder, pattern):
         ),
         (lambda f: (f / "train").rename(f / "more"), "holds no folder train or training, only more, test: images"),
         (lambda f: (f / "Training").mkdir(), "holds Training and train, which mean the same; remove or rename one"),
-        (lambda f: remove_images(f, "train/cat/*"), r"train/cat holds no images \(\.bmp, .*remove the empty class"),
-        (lambda f: remove_images(f, "test/*/*"), r"test/Yellow dog holds no images \(\.bmp, "),
+        (lambda f: remove_images(f, "train/cat/*"), r"train/cat holds no images \(.*BMP, .*remove the empty class"),
+        (lambda f: remove_images(f, "test/*/*"), r"test/Yellow dog holds no images \(.*BMP, "),
         (lambda f: write(f / "test" / "cow" / "0.png"), "1 test image of class 'cow', but no training images"),
         (
             lambda f: [(f / s / "cat").rename(f / f"{s}-cat") for s in ("train", "test")],

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from dinojax import UserError
 from experiments.data.decode import decode_rgb, image_size
+from tests.support.house import ROOT
 
 RAMP = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3) * 3
 
@@ -121,3 +122,9 @@ def test_a_draft_is_at_least_as_large_as_asked():
     assert decode_rgb(encoded(image, "JPEG"), "image", draft=60).shape == (60, 60, 3)
     assert decode_rgb(encoded(image, "JPEG"), "image", draft=61).shape == (120, 120, 3)
     assert decode_rgb(encoded(image, "PNG"), "image", draft=60).shape == (240, 240, 3)
+
+
+def test_nothing_else_opens_images():
+    """Pillow's `Image.open` would try every format that it knows, also those it starts programs for."""
+    files = (ROOT / "experiments").rglob("*.py")
+    assert [file.name for file in files if "Image.open(" in file.read_text()] == ["decode.py"]

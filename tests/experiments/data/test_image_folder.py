@@ -182,7 +182,7 @@ def remove(root, pattern):
         ),
         (lambda f: fill(f, "train", cat=1, dog=1), {}, "holds train and training, which mean the same.*--train-split"),
         (lambda f: None, {"val_split": "dev"}, "--val-split dev: there is no such folder in .* training, validation"),
-        (lambda f: remove(f, "training/*/*"), {}, r"training/cat holds no images \(\.bmp, .*remove the empty class"),
+        (lambda f: remove(f, "training/*/*"), {}, r"training/cat holds no images \(.*BMP, .*remove the empty class"),
         (lambda f: remove(f, "validation/dog/*"), {}, "validation/dog holds no images"),
         (lambda f: [remove(f, "training/**/*"), write(f, "training/0.jpg")], {}, r"no class folders, only 0\.jpg"),
         (

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from dinojax import UserError
+from experiments.data.decode import decode_rgb
 from experiments.data.folder import load_image_folder
 from experiments.data.loader import make_loader
-from experiments.data.splits import Split, decode_rgb
+from experiments.data.splits import Split
 from experiments.data.squares import reduced, resize_centre_crop, resize_square
 from experiments.finetuning.views import draw_crops, plain_views, training_views
 from tests.support import pillow_reference as reference
@@ -191,8 +192,9 @@ def test_large_photographs_may_be_decoded_at_a_part_of_their_size(tmp_path):
     photo.save(tmp_path / "photo.png")
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "photo.jpg").read_bytes()[:5000])
     ids = ["photo.jpg", "photo.png", "broken.jpg"]
-    split = Split("train", ids, np.zeros(3, int), lambda i: decode_rgb(tmp_path / ids[i], ids[i]), "key")
-    small = reduced(split, tmp_path, 64)
+    files = [tmp_path / name for name in ids]
+    split = Split("train", ids, np.zeros(3, int), lambda i: decode_rgb(files[i], ids[i]), "key", files=files)
+    small = reduced(split, 64)
     assert small.fingerprint != split.fingerprint
     assert split.read(0).shape == (1120, 800, 3)
     assert small.read(0).shape == (280, 200, 3)  # a quarter: 100 px would be below 2 · 64
