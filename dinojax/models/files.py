@@ -1,13 +1,13 @@
 """Finished models on disk: a folder with `model.safetensors` (every parameter by its dotted path) and `config.json`."""
 
 import dataclasses
-import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import DTypeLike
 from safetensors.numpy import save_file
 
+from dinojax.documents import flush_folder, read_document, sha256_of_file, write_document
 from dinojax.errors import UserError
 from dinojax.models.vit import VisionTransformer, ViTConfig
 
@@ -23,6 +24,7 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 SHIPPED = ("dinojax_vitt",)
 _KIND = "VisionTransformer"
+_REMEDY = "convert the weights again"
 Network = TypeVar("Network", bound=nnx.Module)
 
 
@@ -95,16 +97,14 @@ def save(
     try:
         arrays = {name: _stored(name, array, dtype) for name, array in named_parameters(model).items()}
         save_file(arrays, partial / WEIGHTS_FILE)
-        document = {
-            "model": _KIND,
-            "config": dataclasses.asdict(model.config),
-            "sha256": _sha256(partial / WEIGHTS_FILE),
-            "source": dict(source or {}),
-        }
-        (partial / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
+        with (partial / WEIGHTS_FILE).open("rb") as file:
+            os.fsync(file.fileno())
+        document = {"model": _KIND, "config": dataclasses.asdict(model.config), "source": dict(source or {})}
+        write_document(partial / CONFIG_FILE, document, files=[WEIGHTS_FILE])
         if path.exists():
             shutil.rmtree(path)
         partial.rename(path)
+        flush_folder(path.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} could not be written ({error}); make room or name another folder") from error
     finally:
@@ -115,8 +115,8 @@ def save(
 def is_model_folder(path: str | Path) -> bool:
     """Whether `save` wrote the folder; Hugging Face's folders have files of the same names."""
     try:
-        document = json.loads((Path(path) / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
+        document = json.loads((Path(path) / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(document, dict) and document.get("model") == _KIND
 
@@ -129,21 +129,35 @@ def load(path: str | Path) -> VisionTransformer:
             architecture.
     """
     path = Path(path)
-    weights, config = path / WEIGHTS_FILE, path / CONFIG_FILE
-    if not (weights.is_file() and config.is_file()):
-        raise UserError(f"{path} holds no model: {CONFIG_FILE} and {WEIGHTS_FILE} were expected in it")
+    document = _read_config(path, files=[WEIGHTS_FILE])
     try:
-        document = json.loads(config.read_text())
-        model_config = ViTConfig(**document["config"])
-        digest = document["sha256"]
+        config = ViTConfig(**document["config"])
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{config} is not a model configuration ({error}); convert the weights again") from error
-    if _sha256(weights) != digest:
-        raise UserError(f"{weights} is damaged (its SHA-256 is not the stored {digest[:12]}…); convert it again")
-    with safetensors.safe_open(weights, "numpy") as file:
+        raise UserError(f"{path / CONFIG_FILE} is not a model configuration ({error}); {_REMEDY}") from error
+    digest = document.get("sha256")  # releases before 0.2: a hash of the weights, none of the configuration
+    if digest is not None and sha256_of_file(path / WEIGHTS_FILE) != digest:
+        raise UserError(f"{path / WEIGHTS_FILE} is damaged (its SHA-256 is not the stored one); {_REMEDY}")
+    with safetensors.safe_open(path / WEIGHTS_FILE, "numpy") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     arrays = {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in arrays.items()}
-    return with_parameters(abstract_model(model_config), arrays)
+    return with_parameters(abstract_model(config), arrays)
+
+
+def read_source(path: str | Path) -> dict[str, Any]:
+    """The origin of the weights in a model folder, as given to `save`.
+
+    Raises:
+        UserError: there is no model, or its configuration is damaged.
+    """
+    source = _read_config(Path(path), files=[]).get("source", {})
+    return source if isinstance(source, dict) else {}
+
+
+def _read_config(path: Path, files: list[str]) -> dict[str, Any]:
+    """The document of a model folder, after checking its hash and those of `files`."""
+    if not ((path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file()):
+        raise UserError(f"{path} holds no model: {CONFIG_FILE} and {WEIGHTS_FILE} were expected in it")
+    return read_document(path / CONFIG_FILE, files=files, remedy=_REMEDY)
 
 
 def abstract_model(config: ViTConfig) -> VisionTransformer:
@@ -167,8 +181,3 @@ def _stored(name: str, array: jax.Array, dtype: DTypeLike | None) -> np.ndarray:
 
 def _dotted(path: tuple[object, ...]) -> str:
     return ".".join(map(str, path))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,6 @@
 A backbone comes with the normalisation and the size of the images that it was trained on.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from dinojax import VARIANTS, UserError, VisionTransformer
-from dinojax.models.files import CONFIG_FILE, is_model_folder, shipped_folder
+from dinojax.models.files import is_model_folder, read_source, shipped_folder
 from experiments.runs.records import TRACES_OF_TRAINING
 
 # Source: facebookresearch/dino 7c446df `eval_knn.py`, facebookresearch/dinov2 b8931f7 `dinov2/data/transforms.py`.
@@ -129,4 +128,4 @@ def _load_model(weights: str, seed: int, cache_dir: Path) -> VisionTransformer:
 def _source(weights: str) -> dict[str, Any]:
     """What `dinojax.save` recorded with the weights in a model folder."""
     folder = shipped_folder(weights) or Path(weights).expanduser()
-    return json.loads((folder / CONFIG_FILE).read_text()).get("source", {}) if is_model_folder(folder) else {}
+    return read_source(folder) if is_model_folder(folder) else {}

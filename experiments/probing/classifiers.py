@@ -4,7 +4,6 @@ A classifier takes all parts of the features and looks at those that it was fitt
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import safetensors
 from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save
 
+from dinojax.documents import read_document, write_document, write_whole
 from dinojax.errors import UserError
 from experiments.features.parts import CLS, FeatureParts
-from experiments.runs.records import write_json, write_whole
 
 TITLES = {
     "knn": "k-NN, weighted cosine",
@@ -30,6 +29,7 @@ TITLES = {
 }
 FINETUNED = "finetuned"  # what `finetune_folder` leaves: a head on the backbone it was trained with
 INDEX_FILE = "classifiers.json"
+_REMEDY = "repeat that run"
 _ROWS = 2048  # images compared with all support vectors at once
 _NEIGHBOURS_FILE = "training_features.safetensors"  # shared by both k-NN classifiers
 
@@ -83,7 +83,7 @@ class Classifier:
 
 
 def save_classifiers(folder: Path, classifiers: Sequence[Classifier], description: Mapping[str, Any]) -> None:
-    """Writes one safetensors file per classifier (one for both k-NN) and an index.
+    """Writes one safetensors file per classifier (one for both k-NN), and an index with their hashes and its own.
 
     Args:
         folder: exists.
@@ -95,21 +95,22 @@ def save_classifiers(folder: Path, classifiers: Sequence[Classifier], descriptio
     for file, arrays in contents.items():
         write_whole(folder / file, save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
     index = {c.name: {"file": files[c.name], "settings": dict(c.settings), "part": c.part} for c in classifiers}
-    write_json(folder / INDEX_FILE, {**description, "classifiers": index})
+    write_document(folder / INDEX_FILE, {**description, "classifiers": index}, files=contents)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
     """What `save_classifiers` wrote beside the arrays.
 
     Raises:
-        UserError: the folder holds no classifiers.
+        UserError: the folder holds no classifiers, or the index is damaged.
     """
-    try:
-        return json.loads((folder / INDEX_FILE).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"--run {folder} holds no {INDEX_FILE}; name a folder that cifar10_probe made") from error
-    except ValueError as error:
-        raise UserError(f"{folder / INDEX_FILE} is damaged ({error}); repeat that run") from error
+    path = folder / INDEX_FILE
+    if not path.exists():
+        raise UserError(f"--run {folder} holds no {INDEX_FILE}; name a folder that cifar10_probe made")
+    index = read_document(path, files=[], remedy=_REMEDY)
+    if not isinstance(index.get("classifiers"), dict):
+        raise UserError(f"{path} is damaged (it lists no classifiers); {_REMEDY}")
+    return index
 
 
 def load_classifiers(folder: Path, names: Sequence[str] | None = None) -> list[Classifier]:
@@ -122,13 +123,14 @@ def load_classifiers(folder: Path, names: Sequence[str] | None = None) -> list[C
     missing = [name for name in names or () if name not in index]
     if missing:
         raise UserError(f"--classifiers {missing[0]} is not among those of {folder}: {', '.join(index)}")
+    files = {name: Path(index[name]["file"]).name for name in names or index}
+    read_document(folder / INDEX_FILE, files=sorted(set(files.values())), remedy=_REMEDY)
     loaded: dict[str, Mapping[str, np.ndarray]] = {}
-    for name in names or index:
-        path = folder / Path(index[name]["file"]).name
+    for name, file in files.items():
         try:
-            loaded[name] = load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path} is missing or damaged ({error}); repeat that run") from error
+            loaded[name] = load_file(folder / file)
+        except (safetensors.SafetensorError, OSError) as error:  # in folders of releases before 0.2: no hashes
+            raise UserError(f"{folder / file} is missing or damaged ({error}); {_REMEDY}") from error
     return [
         Classifier(name, arrays, index[name]["settings"], index[name].get("part", CLS))
         for name, arrays in loaded.items()

@@ -67,11 +67,41 @@ def test_a_flipped_byte_is_noticed(model, tmp_path):
         load(tmp_path / "model")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"config": {}}', '{"config": {"sides": 6}, "sha256": ""}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"sha256": ""}', '{"config": {"sides": 6}, "sha256": ""}'])
 def test_a_broken_configuration_is_named(model, tmp_path, text):
     (save(model, tmp_path / "model") / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json is not a model configuration"):
+    with pytest.raises(UserError, match=r"config\.json is (not a model configuration|missing or damaged|damaged) \("):
         load(tmp_path / "model")
+
+
+def test_a_flipped_bit_of_the_configuration_is_refused_or_changes_nothing(model, tmp_path):
+    source = {"mean": [0.49, 0.5, 0.51], "std": [0.25, 0.25, 0.25]}
+    config = save(model, tmp_path / "model", source=source) / "config.json"
+    content, accepted, bits = config.read_bytes(), 0, np.random.default_rng(0)
+    for place in range(len(content)):
+        config.write_bytes(content[:place] + bytes([content[place] ^ 1 << bits.integers(8)]) + content[place + 1 :])
+        try:
+            found = load(tmp_path / "model"), files.read_source(tmp_path / "model")
+        except UserError as error:
+            assert "\n" not in str(error)
+            continue
+        accepted += 1
+        assert (found[0].config, found[1]) == (CONFIG, source)
+    assert accepted < 10
+
+
+def test_a_model_of_an_earlier_release_is_read_and_its_weights_are_checked(model, tmp_path):
+    """Its configuration has the hash of the weights and none of its own."""
+    folder = save(model, tmp_path / "model")
+    document = json.loads((folder / "config.json").read_text())
+    del document["document_sha256"]
+    document["sha256"] = document.pop("files_sha256")["model.safetensors"]
+    (folder / "config.json").write_text(json.dumps(document))
+    np.testing.assert_array_equal(load(folder).pos_embed[...], model.pos_embed[...])
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        load(folder)
 
 
 def test_an_absent_model_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Classifiers on cached features: equal to scikit-learn, the same when loaded from files, and a test set read last."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -153,10 +154,44 @@ def test_what_cannot_be_loaded_is_one_sentence(fitted, tmp_path):
     with pytest.raises(UserError, match=r"--classifiers svc is not among those of .*: linear"):
         load_classifiers(tmp_path, ["svc"])
     (tmp_path / "linear.safetensors").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"linear\.safetensors is missing or damaged"):
+    with pytest.raises(UserError, match=r"linear\.safetensors is damaged .*; repeat that run"):
         load_classifiers(tmp_path)
-    (tmp_path / "classifiers.json").write_text("{")
-    with pytest.raises(UserError, match=r"classifiers\.json is damaged"):
+    for content in ("{", "{}"):
+        (tmp_path / "classifiers.json").write_text(content)
+        with pytest.raises(UserError, match=r"classifiers\.json is (missing or )?damaged"):
+            load_classifiers(tmp_path)
+
+
+def test_a_damaged_byte_of_classifiers_is_refused_or_changes_nothing(fitted, tmp_path):
+    save_classifiers(tmp_path, [fitted["linear"].classifier, fitted["knn"].classifier], {"normalisation": [[0.5]]})
+    sound = load_classifiers(tmp_path)
+    rng = np.random.default_rng(0)
+    for path in sorted(tmp_path.iterdir()):
+        content = path.read_bytes()
+        places = range(len(content)) if path.suffix == ".json" else rng.integers(0, len(content), 200)
+        for place in places:
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.integers(8)]) + content[place + 1 :])
+            try:
+                found = load_classifiers(tmp_path)
+            except UserError as error:
+                assert "\n" not in str(error)
+                continue
+            for one, other in zip(sound, found, strict=True):
+                assert (one.name, one.settings, one.part) == (other.name, other.settings, other.part)
+                assert same(one.arrays, other.arrays)
+        path.write_bytes(content)
+    load_classifiers(tmp_path)
+
+
+def test_classifiers_of_an_earlier_version_are_read(fitted, tmp_path):
+    """Their index has no hashes."""
+    save_classifiers(tmp_path, [fitted["linear"].classifier], {})
+    index = json.loads((tmp_path / "classifiers.json").read_text())
+    del index["files_sha256"], index["document_sha256"]
+    (tmp_path / "classifiers.json").write_text(json.dumps(index))
+    assert same(load_classifiers(tmp_path)[0].arrays, fitted["linear"].classifier.arrays)
+    (tmp_path / "linear.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"linear\.safetensors is missing or damaged"):
         load_classifiers(tmp_path)
 
 
