@@ -120,7 +120,7 @@ def test_what_cannot_be_written_for_pytorch_is_said(tmp_path, capsys):
     assert "neither .pth nor .safetensors" in refusal(capsys, folder, "--out", tmp_path / "mine.onnx")
     assert "exists; remove it" in refusal(capsys, folder, "--out", tmp_path / "mine.pth")
     for words in (("--num-heads", "2"), ("--which", "student")):
-        assert "knows its own" in refusal(capsys, folder, "--out", tmp_path / "new.pth", *words)
+        assert "heads are known" in refusal(capsys, folder, "--out", tmp_path / "new.pth", *words)
     assert "no dinov2_vits14" in refusal(capsys, folder, "--out", tmp_path / "new.pth", "--name", "dinov2_vits14")
     assert "could not be written" in refusal(capsys, folder, "--out", tmp_path / "mine.pth" / "new.pth")
     assert sorted(tmp_path.rglob("*")) == before
@@ -204,7 +204,7 @@ def test_bad_files_end_in_one_line_and_nothing_written(tmp_path, capsys):
     assert "web page" in refusal(capsys, tmp_path / "page.pth")
     assert "cut off" in refusal(capsys, tmp_path / "cut.pth")
     assert "does not exist" in refusal(capsys, tmp_path / "nowhere.pth")
-    assert "no dinov2_vits14: img_size 28" in refusal(capsys, tmp_path / "good.pth", "--name", "dinov2_vits14")
+    assert "not a dinov2_vits14: img_size 28" in refusal(capsys, tmp_path / "good.pth", "--name", "dinov2_vits14")
     assert "did you mean" in refusal(capsys, tmp_path / "good.pth", "--name", "dinov2_vit_s14")
     assert "did you mean" in refusal(capsys, "dinov2_vits41")
     assert "--num-heads 0" in refusal(capsys, tmp_path / "good.pth", "--num-heads", "0")

@@ -125,7 +125,7 @@ BAD_FILES = {
     "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
     "cut.safetensors": (SAFE[: len(SAFE) // 2], "damaged or not a safetensors"),
     "garbage.safetensors": (b"PK\x03\x04" * 9, "damaged or not a safetensors"),
-    "tensor.pth": (lambda: _torch_value("tensor"), "holds a Tensor where a dictionary"),
+    "tensor.pth": (lambda: _torch_value("tensor"), "holds a Tensor but a dictionary"),
     "numbers.pth": (
         torch_bytes({"epoch": 3, "name": "run"}),
         "not a DINO or DINOv2 backbone|but a tensor was expected",
