@@ -10,8 +10,8 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save
 
+from dinojax.documents import write_whole
 from dinojax.errors import UserError
-from experiments.runs.records import write_whole
 
 _NAME = "features"
 META_FILE = "meta.json"
@@ -25,14 +25,17 @@ class ShardCache:
     description: Mapping[str, object]
 
     def read(self, shard: int, shape: tuple[int, ...]) -> np.ndarray | None:
-        """The shard, or None if it is missing, damaged or of another shape."""
+        """The shard, or None if it is missing, damaged, or of another type or shape."""
         path = self._path(shard)
         try:
             with safetensors.safe_open(path, "numpy") as file:
                 array, sha256 = file.get_tensor(_NAME), file.metadata()["sha256"]
         except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None
-        return array if array.shape == shape and _sha256(array) == sha256 else None
+        if array.dtype != np.float32 or array.shape != shape:
+            return None
+        # Releases before 0.2 left type and shape out of the hash; both are checked above.
+        return array if sha256 in (_sha256(array), hashlib.sha256(array.data).hexdigest()) else None
 
     def write(self, shard: int, array: np.ndarray) -> None:
         """Adds or replaces a shard.
@@ -55,4 +58,6 @@ class ShardCache:
 
 
 def _sha256(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+    sha256 = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+    sha256.update(np.ascontiguousarray(array).data)
+    return sha256.hexdigest()

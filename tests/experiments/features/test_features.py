@@ -1,5 +1,6 @@
 """Features: equal to the model's own outputs, resized as torchvision does, cached so that nothing is lost or stale."""
 
+import hashlib
 import json
 import resource
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from dinojax import UserError, VisionTransformer, ViTConfig
@@ -134,7 +136,10 @@ def test_after_an_interruption_the_finished_shards_are_kept(tmp_path, interrupti
     np.testing.assert_array_equal(resumed.tokens, fresh.tokens)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1])])
+@pytest.mark.parametrize("damage",
+    [lambda b: b[:-9], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1]),
+     lambda b: b.replace(b'"F32"', b'"I32"'), lambda b: b.replace(b"[5,5,24]", b"[5,24,5]")],
+)  # fmt: skip
 def test_a_damaged_shard_is_computed_again(tmp_path, damage):
     images = Images()
     (first,) = make_extractor(tmp_path).extract([images.split])
@@ -143,6 +148,21 @@ def test_a_damaged_shard_is_computed_again(tmp_path, damage):
     (second,) = make_extractor(tmp_path).extract([images.split])
     np.testing.assert_array_equal(first.tokens, second.tokens)
     assert images.reads.tolist() == [1] * 5 + [2] * 5 + [1] * 3
+
+
+def test_a_shard_of_an_earlier_version_is_read(tmp_path):
+    """Its hash covers the bytes of the array alone."""
+    images = Images()
+    make_extractor(tmp_path).extract([images.split])
+    (shard,) = tmp_path.glob("features/*/00001.safetensors")
+    content = shard.read_bytes()
+    array = safetensors.numpy.load(content)["features"]
+    old = safetensors.numpy.save({"features": array}, {"sha256": hashlib.sha256(array.tobytes()).hexdigest()})
+    assert old != content
+    shard.write_bytes(old)
+    (second,) = make_extractor(tmp_path).extract([images.split])
+    np.testing.assert_array_equal(second.tokens[5:10], array)
+    assert (images.reads == 1).all()
 
 
 @contextmanager
