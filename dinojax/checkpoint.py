@@ -131,29 +131,38 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
         finally:
             self._thread.shutdown()
 
-    def restore(self, like: PyTree) -> Restored | None:
+    def restore(self, like: PyTree, *, step: int | None = None) -> Restored | None:
         """The newest undamaged checkpoint, or None if the folder holds no checkpoint.
 
         Every array is compared with its hash; damaged checkpoints are skipped.
 
         Args:
             like: a real or abstract state with the expected structure, shapes and dtypes, and optionally shardings.
+            step: of the checkpoint to restore instead of the newest one; the next `save` removes later ones.
 
         Raises:
-            UserError: the checkpoint is of another architecture or optimiser, or every checkpoint is damaged.
+            UserError: the checkpoint is of another architecture or optimiser, every checkpoint is damaged, or there is
+                none of `step`.
         """
         self.wait()
-        restored = self._first_sound(reversed(self.steps), like)
+        if step is not None and step not in self.steps:
+            known = ", ".join(map(str, self.steps)) or "none"
+            raise UserError(f"{self._folder} holds no checkpoint of step {step}; its steps are: {known}")
+        restored = self._first_sound(reversed(self.steps) if step is None else [step], like)
         if restored is not None:
             self._current = restored.step
             self._damaged = {step for step in self.steps if step > restored.step}
         return restored
 
     def restore_best(self, like: PyTree) -> Restored | None:
-        """The undamaged checkpoint with the highest score, or the newest of several; otherwise like `restore`."""
+        """The undamaged checkpoint with the highest score, or the newest of several; otherwise like `restore`.
+
+        If every checkpoint with a score is damaged, the newest undamaged one takes their place.
+        """
         self.wait()
         scores = self._scores()
-        return self._first_sound(sorted(scores, key=lambda step: (scores[step], step), reverse=True), like)
+        best = sorted(scores, key=lambda step: (scores[step], step), reverse=True)
+        return self._first_sound([*best, *(step for step in reversed(self.steps) if step not in scores)], like)
 
     def _first_sound(self, steps: Iterable[int], like: PyTree) -> Restored | None:
         skipped = []

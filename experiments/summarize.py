@@ -19,9 +19,9 @@ from typing import Annotated
 import tyro
 
 from dinojax.commands import exit_on_user_error
+from dinojax.documents import write_whole
 from dinojax.errors import UserError
 from experiments.runs.command_line import command_line
-from experiments.runs.records import write_whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """The settings of supervised training on a folder of images, and the defaults of each mode."""
 
 import dataclasses
+import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +19,7 @@ from experiments.runs.settings import (
     UNIMPORTANT,
     Flags,
     ModelSettings,
-    RunSettings,
+    ResumableSettings,
     check_bounds,
     flat,
     replace,
@@ -171,12 +173,12 @@ class ComputeSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class ResumableRun(RunSettings):
-    """The seed, and the folders that are written to."""
+class ResumableRun(ResumableSettings):
+    """The random seed, the folders that are written to, and how an interrupted run resumes."""
 
     out: Annotated[Path | None, UNIMPORTANT] = None
     """Folder of the run, with a folder for each mode. The same command resumes it, and another --mode joins its table.
-    None takes runs/finetune_folder/<name of DIR>."""
+    None takes runs/finetune_folder/<name of DIR>-<six digits that tell its path>."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +195,9 @@ class FinetuneConfig:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        default = Path("runs", "finetune_folder", self.dataset.folder.expanduser().resolve().name)
-        return (self.run.out or default).expanduser()
+        images = self.dataset.folder.expanduser().resolve()
+        place = hashlib.sha256(os.fsencode(images)).hexdigest()[:6]
+        return (self.run.out or Path("runs", "finetune_folder", f"{images.name}-{place}")).expanduser()
 
     @property
     def modes(self) -> tuple[str, ...]:

@@ -63,13 +63,16 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     out = config.folder
     task = make_task(config)
     _introduce(config, task)
+    data = records.data_record(
+        task.images.class_names, {split.name: split for split in (task.images.train, *task.evaluated)}
+    )
     for mode in config.modes:
         settings, folder = config.of_mode(mode), out / mode
-        records.open_run(folder, settings)
-        if (folder / records.METRICS_FILE).is_file():
-            print(f"{mode} is finished: see {folder}")
-            continue
-        Training(settings, task, folder).run()
+        with records.open_run(folder, settings, data, accept_changed_data=config.run.accept_changed_data):
+            if (folder / records.METRICS_FILE).is_file():
+                print(f"{mode} is finished: see {folder}")
+            else:
+                Training(settings, task, folder).run()
     return FinetuneResult(out, report(out))
 
 
@@ -86,7 +89,7 @@ def make_task(config: FinetuneConfig) -> Task:
         max_val=data.max_val,
         seed=config.run.seed,
     )
-    backbone = load_backbone(config.model.weights, seed=config.run.seed, cache_dir=config.run.cache_dir.expanduser())
+    backbone = load_backbone(config.model.weights, seed=config.run.seed, cache_dir=config.run.cache_dir)
     size = config.model.image_size or backbone.image_size
     check_image_size(backbone.model, size)
     resize = config.views.resize or round(size * 8 / 7)
@@ -171,6 +174,8 @@ class Training:
                 self._epochs(self.place.replicate(state), first, checkpoints)
             checkpoints.wait()
             best = checkpoints.restore_best(like)
+            for sentence in best.skipped:
+                print(f"note: {sentence}; the epoch of step {best.step} is kept instead")
         state = best.state
         parameters = state.trainable if state.ema is None else state.ema
         kept = merge_parameters(parameters, self.frozen, lora_alpha=config.training.lora_alpha)

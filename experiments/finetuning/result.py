@@ -1,5 +1,6 @@
 """The results of a supervised training: metrics, predictions, figures, the tuned model, and the table of all modes."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from scipy.special import softmax
 
 import dinojax
+from dinojax.documents import write_whole
 from dinojax.finetune import MODES, ImageClassifier
 from experiments.features.extractor import fingerprint
 from experiments.figures.results import save_confusion
@@ -90,9 +92,9 @@ def report(out: Path) -> dict[str, dict[str, Any]]:
     finished = {mode: out / mode for mode in MODES if (out / mode / records.METRICS_FILE).is_file()}
     found = {mode: records.read_json(folder / records.METRICS_FILE) for mode, folder in finished.items()}
     _save_curves(out / CURVES, {mode: read_log(folder) for mode, folder in finished.items()}, found)
-    records.write_json(out / records.METRICS_FILE, found)
+    write_whole(out / records.METRICS_FILE, (json.dumps(found, indent=2) + "\n").encode())  # nothing relies on it
     text = table(found)
-    records.write_whole(out / "results.md", f"{text}\n".encode())
+    write_whole(out / "results.md", f"{text}\n".encode())
     print(f"\n{text}\n")
     if any(one["bias"] for one in found.values()):
         print(f"note: {_BIAS}")

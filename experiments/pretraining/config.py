@@ -17,7 +17,7 @@ from experiments.runs.settings import (
     DataSettings,
     Dtype,
     Flags,
-    RunSettings,
+    ResumableSettings,
     check_bounds,
     require,
 )
@@ -147,11 +147,14 @@ class MonitoringSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class ResumableRun(RunSettings):
-    """The seed, and the folders that are written to."""
+class ResumableRun(ResumableSettings):
+    """The random seed, the folders that are written to, and how an interrupted run resumes."""
 
     out: Annotated[Path | None, UNIMPORTANT] = None
     """Folder of the run, which the same command resumes. None takes runs/<command>/<recipe>-seed<seed>."""
+    from_step: Annotated[int | None, NOT_NEGATIVE, UNIMPORTANT] = None
+    """Step of the checkpoint to resume from, such as one before training diverged. Settings may then differ from those
+    that the run was started with. None resumes from the newest checkpoint, with the same settings."""
 
 
 @dataclasses.dataclass(frozen=True)

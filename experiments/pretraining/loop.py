@@ -29,7 +29,7 @@ from experiments.features.backbones import Backbone
 from experiments.pretraining.config import PretrainConfig, PretrainResult
 from experiments.pretraining.data import EpochSampler, Images, Window, own_statistics, read_images, windows
 from experiments.pretraining.online import Embed, Subset, make_embed
-from experiments.pretraining.program import Program, compute_dtype, make_networks, make_program
+from experiments.pretraining.program import Program, compute_dtype, is_sound, make_networks, make_program
 from experiments.probing.after_training import evaluate_training, knn_accuracies
 from experiments.runs import records
 from experiments.runs.log import RunLog, read_log
@@ -39,6 +39,10 @@ from experiments.runs.stop import Stop
 CHECKPOINTS, CURVES = "checkpoints", "curves.png"
 TEACHER, STUDENT = "teacher", "student"
 EVALUATION = "evaluation"
+_WAY_BACK = (
+    "training has diverged, and earlier checkpoints are intact: go back with --from-step N, one of the steps in "
+    "{folder}/checkpoints, and a lower --learning-rate, a smaller --clip-norm or --dtype float32"
+)
 
 
 def pretrain(config: PretrainConfig) -> PretrainResult:
@@ -50,19 +54,23 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     """
     config.check()
     folder, data = config.folder, config.dataset
-    finished = (folder / records.RESULT_FILE).is_file()
-    if finished:
-        records.open_run(folder, config)
-        if not config.monitoring.evaluate or (folder / EVALUATION / records.RESULT_FILE).is_file():
-            result = folder / records.RESULT_FILE
+    dataset = load_dataset(data.data, data_dir=data.data_dir, max_train=data.max_train, max_test=data.max_test)
+    if len(dataset.train) < config.training.batch_size:
+        raise UserError(
+            f"--batch-size {config.training.batch_size} is more than the {len(dataset.train):,} training images"
+        )
+    found = records.data_record(dataset.class_names, {"train": dataset.train, "test": dataset.test})
+    accept, back = config.run.accept_changed_data, config.run.from_step is not None
+    with records.open_run(folder, config, found, accept_changed_data=accept, other_settings=back):
+        result, evaluation = (place / records.RESULT_FILE for place in (folder, folder / EVALUATION))
+        if result.is_file() and (evaluation.is_file() or not config.monitoring.evaluate):
             print(f"{folder} is finished: see {result}; name another --out or --seed to run again")
             return _result(folder)
-    dataset = load_dataset(data.data, data_dir=data.data_dir, max_train=data.max_train, max_test=data.max_test)
-    if not finished and not _train(config, folder, dataset):
-        return PretrainResult(folder, None)
-    if config.monitoring.evaluate:
-        evaluate_training(folder, folder / EVALUATION, dataset, data, config.run)
-    return _result(folder)
+        if not result.is_file() and not _train(config, folder, dataset):
+            return PretrainResult(folder, None)
+        if config.monitoring.evaluate:
+            evaluate_training(folder, folder / EVALUATION, dataset, data, config.run)
+        return _result(folder)
 
 
 def _result(folder: Path) -> PretrainResult:
@@ -71,11 +79,6 @@ def _result(folder: Path) -> PretrainResult:
 
 def _train(config: PretrainConfig, folder: Path, dataset: Dataset) -> bool:
     """Whether the training came to its end, and left its result in the folder."""
-    if len(dataset.train) < config.training.batch_size:
-        raise UserError(
-            f"--batch-size {config.training.batch_size} is more than the {len(dataset.train):,} training images"
-        )
-    records.open_run(folder, config)
     images = read_images(dataset.train, config.dataset.image_size)
     if config.dataset.own_statistics:
         mean, std = own_statistics(images)
@@ -149,6 +152,7 @@ class Run:
                 finished = done == self.total_steps
                 if stop.wanted or finished or (window.ends_epoch and (late or score is not None)):
                     reporter.report_last()
+                    self._raise_unless_sound(state, done)
                     record = {"epoch": window.epoch, "collapse": reporter.collapse}
                     checkpoints.save(done, state, record=record, score=score)
                     saved_at = time.monotonic()
@@ -218,13 +222,18 @@ class Run:
 
     def _first_state(self, checkpoints: TrainingCheckpoints) -> tuple[TrainState, int, str | None]:
         """The state, step and collapse of the newest sound checkpoint, else of a new run."""
-        restored = checkpoints.restore(jax.eval_shape(self.program.init))
+        restored = checkpoints.restore(jax.eval_shape(self.program.init), step=self.config.run.from_step)
         if restored is None:
             return self.program.init(), 0, None
         for sentence in restored.skipped:
             print(f"note: {sentence}")
         print(f"resuming at step {restored.step:,} of {self.total_steps:,}", flush=True)
         return restored.state, restored.step, restored.record["collapse"]
+
+    def _raise_unless_sound(self, state: TrainState, step: int) -> None:
+        """A diverged state must not become the newest checkpoint."""
+        if not is_sound(state):
+            raise UserError(f"the parameters overflow after step {step:,}; {_WAY_BACK.format(folder=self.folder)}")
 
     def _evaluate_epoch(self, window: Window, state: TrainState, reporter: "Reporter") -> float | None:
         """Logs k-NN accuracy and feature rank if this epoch is due for them; returns the accuracy."""
@@ -267,8 +276,8 @@ class Reporter:
         means = _means(parts)
         if not math.isfinite(means["loss"]):
             raise UserError(
-                f"the loss is {means['loss']} between steps {window.start:,} and {window.stop:,}; earlier checkpoints "
-                "are intact; start again with a lower --learning-rate, a smaller --clip-norm, or --dtype float32"
+                f"the loss is {means['loss']} between steps {window.start:,} and {window.stop:,}; "
+                f"{_WAY_BACK.format(folder=self._run.folder)}"
             )
         now = time.monotonic()
         schedules = {name: float(of(window.stop - 1)) for name, of in self._run.program.schedules.items()}

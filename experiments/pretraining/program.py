@@ -116,3 +116,11 @@ def compute_dtype(config: PretrainConfig) -> jnp.dtype | None:
     """The number type that weights are cast to for the computation; None leaves their own float32."""
     name = resolve_dtype(config.compute.dtype)
     return None if name == "float32" else jnp.dtype(name)
+
+
+@jax.jit
+def is_sound(state: TrainState) -> jax.Array:
+    """Whether all numbers of a state are finite, and the squares of its parameters too."""
+    numbers = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves((state.student, state.teacher))]
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in (*numbers, *squares)]))

@@ -1,7 +1,9 @@
-"""The run folder: its settings, its results and what they were computed on; written whole or not at all."""
+"""The run folder: its settings, its data, its results; locked while a process writes to it, and written whole."""
 
+import contextlib
 import errno
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -9,92 +11,177 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dinojax.documents import read_document, write_document
 from dinojax.errors import UserError
+from experiments.runs.lock import LOCK_FILE, RunLock
 from experiments.runs.settings import flat, unimportant
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CONFIG_FILE, METRICS_FILE, RESULT_FILE = "config.json", "metrics.json", "result.json"
+CONFIG_FILE, DATA_FILE, METRICS_FILE, RESULT_FILE = "config.json", "data.json", "metrics.json", "result.json"
 TRACES_OF_TRAINING = ("checkpoints", "metrics.jsonl")  # what the run folder of a training holds from the start
+_REMEDY = "repeat the run that wrote it"
 
 
 def default_run_folder(command: str) -> Path:
-    """`runs/<command>/<date-time>` in the working folder."""
-    return Path("runs") / command / time.strftime("%Y%m%d-%H%M%S")
+    """A new folder `runs/<command>/<date-time>` in the working folder, numbered if that second has one already.
+
+    Raises:
+        UserError: the working folder cannot be written.
+    """
+    base = Path("runs") / command / time.strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); name another folder with --out") from error
+        return path
+    raise AssertionError("unreachable")
 
 
 @contextmanager
 def run_folder(path: Path) -> Iterator[Path]:
     """A temporary folder for the files of a run, which move to `path` at the end; an exception leaves `path` unchanged.
 
-    Files of an earlier run in `path` are replaced by those of the same name.
+    Files of an earlier run in `path` are replaced by those of the same name. An empty `path` is removed if the run
+    fails.
 
     Raises:
-        UserError: `path` is a file, the folder of a training, a folder that no run made, or cannot be written.
+        UserError: `path` is a file, the folder of a training, a folder that no run made or another process writes to,
+            or cannot be written.
     """
     path = path.expanduser()
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
+    if _holdings(path) and not (path / CONFIG_FILE).is_file():
         raise UserError(f"--out {path} holds other files; name a new folder")
     if any((path / trace).exists() for trace in TRACES_OF_TRAINING):
         raise UserError(f"--out {path} is the run folder of a training; name a new folder")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise UserError(f"--out {path} cannot be written ({error.strerror}); name another folder") from error
     try:
-        yield partial
-        path.mkdir(exist_ok=True)
-        for file in sorted(partial.iterdir()):
-            file.replace(path / file.name)
+        with RunLock(path):
+            yield partial
+            for file in sorted(partial.iterdir()):
+                file.replace(path / file.name)
     except OSError as error:
         if error.errno not in _FULL:
             raise
         raise UserError(f"--out {path} cannot be written ({error.strerror}); free some space") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.rmdir()  # only where it is empty
 
 
-def open_run(folder: Path, config: Any) -> None:
-    """Makes the folder of a run that can be resumed, or checks that the run in it has the same settings.
+@contextmanager
+def open_run(
+    folder: Path,
+    config: Any,
+    data: Mapping[str, Any],
+    *,
+    accept_changed_data: bool = False,
+    other_settings: bool = False,
+) -> Iterator[None]:
+    """Locks the folder of a run that can be resumed, made here or holding a run of the same settings and data.
+
+    Settings and data are kept in the folder. A folder with nothing else in it holds no run yet, and takes new ones.
 
     Args:
         folder: of the run.
-        config: a dataclass of groups, which is kept in the folder; see `experiments.runs.settings`.
+        config: a dataclass of groups; see `experiments.runs.settings`.
+        data: from `data_record`.
+        accept_changed_data: resume on other images of the same classes, and note it in data.json.
+        other_settings: resume under other settings, which replace the kept ones.
 
     Raises:
-        UserError: it is a file, holds something else, or is a run with other settings.
+        UserError: it is a file, holds something else, is a run of other settings or data, or is in use.
     """
-    path = folder / CONFIG_FILE
     if folder.is_file():
         raise UserError(f"--out {folder} is a file; name a folder")
-    if path.is_file():
-        try:
-            stored = with_new_names(json.loads(path.read_text()))
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); remove {folder} or name another --out") from error
-        asked = json.loads(json.dumps(flat(config), default=str))
-        may_differ = unimportant(type(config))
-        for name in asked:
-            if name not in may_differ and stored.get(name) != asked[name]:
-                raise UserError(
-                    f"{folder} is a run with {name} = {stored.get(name)}, not {asked[name]}; give the same settings to "
-                    "resume it, or name another --out"
-                )
-        return
-    if folder.is_dir() and any(folder.iterdir()):
+    found = _holdings(folder)
+    if found and not (folder / CONFIG_FILE).is_file():
         raise UserError(f"--out {folder} holds other files; name a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, flat(config))
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written ({error.strerror}); name another folder") from error
+    with RunLock(folder):
+        if found - {CONFIG_FILE, DATA_FILE}:
+            if not other_settings:
+                _check_settings(folder, config)
+            data = _checked_data(folder, data, accept_changed_data)
+        write_json(folder / DATA_FILE, data)
+        if other_settings or not found - {CONFIG_FILE, DATA_FILE}:
+            write_json(folder / CONFIG_FILE, flat(config))
+        yield
+
+
+def data_record(class_names: Sequence[str], splits: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run folder keeps of its data: class names, and number and identity of the images of each split."""
+    return {
+        "class_names": list(class_names),
+        "splits": {name: {"images": len(split), "identity": split.identity} for name, split in splits.items()},
+    }
+
+
+def _holdings(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {LOCK_FILE} if folder.is_dir() else set()
+
+
+def _check_settings(folder: Path, config: Any) -> None:
+    stored = with_new_names(read_document(folder / CONFIG_FILE, remedy=f"remove {folder} or name another --out"))
+    asked = json.loads(json.dumps(flat(config), default=str))
+    may_differ = unimportant(type(config))
+    for name in asked:
+        if name not in may_differ and stored.get(name) != asked[name]:
+            raise UserError(
+                f"{folder} is a run with {name} = {stored.get(name)}, not {asked[name]}; give the same settings to "
+                "resume it, or name another --out"
+            )
+
+
+def _checked_data(folder: Path, data: Mapping[str, Any], accept: bool) -> dict[str, Any]:
+    """The record to keep: the data of this start, and what was accepted before."""
+    path = folder / DATA_FILE
+    if not path.is_file():
+        print(f"note: {folder} was made by an earlier version, which did not record its images; they are now recorded")
+        return dict(data)
+    stored = read_json(path)
+    if stored["class_names"] != data["class_names"]:
+        raise UserError(
+            f"{folder} is a run on other classes ({_few(stored['class_names'])}, not {_few(data['class_names'])}); "
+            "name another --out"
+        )
+    changed = [
+        name for name in stored["splits"] | data["splits"] if stored["splits"].get(name) != data["splits"].get(name)
+    ]
+    history = stored.get("accepted_changes", [])
+    if not changed:
+        return stored
+    before, now = (record["splits"].get(changed[0], {}).get("images", 0) for record in (stored, data))
+    if not accept:
+        raise UserError(
+            f"the {changed[0]} images are not those that {folder} was made with ({before:,} then, {now:,} now; names, "
+            "sizes or contents differ); name another --out, or accept them with --accept-changed-data"
+        )
+    print(f"note: the {', '.join(changed)} images have changed since {folder} was made; accepted, and noted in {path}")
+    change = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "before": stored["splits"]}
+    return {**data, "accepted_changes": [*history, change]}
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,32 +190,18 @@ def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **dict.fromkeys(renamed, "reported")}
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Writes JSON; paths become text."""
-    write_whole(path, (json.dumps(document, indent=2, default=str) + "\n").encode())
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Writes JSON with a hash of its contents; paths become text."""
+    write_document(path, document)
 
 
-def read_json(path: Path) -> Any:
-    """Reads JSON.
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file is missing, damaged or was edited.
     """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); repeat the run that wrote it") from error
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under another name, then renames it, so that `path` is never half written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    return read_document(path, remedy=_REMEDY)
 
 
 def environment() -> dict[str, Any]:

@@ -18,7 +18,6 @@ from dinojax.errors import UserError
 T = TypeVar("T")
 Flags = tyro.conf.OmitArgPrefixes
 Dtype = Literal["auto", "float32", "bfloat16"]
-CACHE_DIR = Path("~/.cache/dinojax")
 REQUIRED = "(required)"  # the value of a setting that a recipe leaves to the command line
 
 
@@ -100,8 +99,8 @@ class FolderSettings:
 
     out: Annotated[Path | None, UNIMPORTANT] = None
     """Folder of the run. None takes a folder under runs/<command>/."""
-    cache_dir: Annotated[Path, UNIMPORTANT] = CACHE_DIR
-    """Folder of downloaded weights and cached features."""
+    cache_dir: Annotated[Path | None, UNIMPORTANT] = None
+    """Folder of downloaded weights and cached features. None takes $DINOJAX_CACHE, or else ~/.cache/dinojax."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +109,15 @@ class RunSettings(FolderSettings):
 
     seed: int = 0
     """Random seed of everything that is drawn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumableSettings(RunSettings):
+    """The random seed, the folders that are written to, and how an interrupted run resumes."""
+
+    accept_changed_data: Annotated[bool, UNIMPORTANT] = False
+    """Whether to resume although images were added, removed or changed since the run was started. data.json in the run
+    folder notes it."""
 
 
 def create(kind: type[T], **values: Any) -> T:

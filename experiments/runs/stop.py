@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 class Stop:
-    """Tells a run to stop at the next opportunity: after `minutes`, on SIGTERM, or on Ctrl-C."""
+    """Tells a run to stop at the next opportunity: after `minutes`, on SIGTERM or SIGHUP, or on Ctrl-C."""
 
     def __init__(self, minutes: float | None):
         self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -17,7 +17,7 @@ class Stop:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             self._handlers[number] = signal.signal(number, self._on_signal)
         return self
 

@@ -134,3 +134,26 @@ def test_another_architecture_is_named_and_not_passed_over(tmp_path):
         checkpoints.save(1, init(), record={})
         with pytest.raises(UserError, match=r"student\.backbone\.blocks\.1.* is absent there.*and \d+ more; give"):
             checkpoints.restore(jax.eval_shape(deeper))
+
+
+def test_where_every_scored_checkpoint_is_damaged_the_newest_sound_one_is_the_best(tmp_path):
+    save_steps(tmp_path, 1, 2, 3, scores={1: 0.5}, keep_newest=2)
+    flip(largest(tmp_path / "step_1"))
+    with TrainingCheckpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore_best(LIKE)
+    assert restored.step == 3
+    assert restored.skipped == [
+        "the checkpoint of step 1 is damaged: model.weight is not what was written (its SHA-256 differs)"
+    ]
+
+
+def test_a_training_goes_back_to_an_earlier_step(tmp_path):
+    save_steps(tmp_path, 1, 2, 3)
+    with TrainingCheckpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match=r"holds no checkpoint of step 7; its steps are: 1, 2, 3"):
+            checkpoints.restore(LIKE, step=7)
+        assert_same(checkpoints.restore(LIKE, step=1).state, state_of(1))
+        checkpoints.save(2, state_of(20), record={})
+    with TrainingCheckpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [1, 2]
+        assert_same(checkpoints.restore(LIKE).state, state_of(20))

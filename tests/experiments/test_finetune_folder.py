@@ -149,6 +149,27 @@ def test_a_finished_mode_is_left_alone_and_another_joins_its_table(place, tmp_pa
         finetune(config(place, epochs=4, out=out))
 
 
+def test_another_data_set_of_the_same_name_is_not_taken_for_this_one(every_mode, place, tmp_path, capsys):
+    """Neither a table for other images, nor a training resumed on them."""
+    other = tmp_path / "leaves"
+    shutil.copytree(place / "leaves", other)
+    default = [config(place, folder=folder).folder for folder in (place / "leaves", other)]
+    assert default[0] != default[1] and {folder.name[:7] for folder in default} == {"leaves-"}
+    arguments = {"mode": "linear", "learning_rate": 0.01, "out": every_mode}
+    finetune(config(place, folder=other, **arguments))  # a copy is the same data
+    assert "linear is finished" in capsys.readouterr().out
+    photo = next((other / "training" / "green").iterdir())
+    photo.write_bytes((other / "training" / "rot" / "0.png").read_bytes())
+    with pytest.raises(UserError, match=r"the train images are not those that .*/linear was made with \(17 then, 17"):
+        finetune(config(place, folder=other, **arguments))
+    for split in COUNTS:
+        (other / split / "rot").rename(other / split / "rust")
+    with pytest.raises(
+        UserError, match=r"is a run on other classes \(blue leaf, green, rot, not blue leaf, green, rust"
+    ):
+        finetune(config(place, folder=other, **arguments))
+
+
 def test_features_and_images_give_the_same_logits(place, tmp_path):
     """For one head on a frozen backbone, both ways; and its loss is scikit-learn's."""
     trainings = []
@@ -222,6 +243,7 @@ def test_a_run_folder_of_an_earlier_version_is_known(every_mode, place, tmp_path
     shutil.copytree(every_mode, out)
     path = out / "linear" / "config.json"
     kept = json.loads(path.read_text())
+    del kept["document_sha256"]
     assert kept["protocol"] == "recommended" and kept["image_size"] is None and kept["crop_scale"] == [0.08, 1.0]
     finetune(config(place, learning_rate=0.01, out=out))
     assert "linear is finished" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -27,7 +28,8 @@ from experiments.pretraining.config import PretrainConfig
 from experiments.pretraining.data import EpochSampler, own_statistics, windows
 from experiments.pretraining.loop import pretrain
 from experiments.pretraining.online import make_embed
-from experiments.pretraining.program import make_networks, make_program
+from experiments.pretraining.program import is_sound, make_networks, make_program
+from experiments.runs.lock import RunLock
 from experiments.runs.log import RunLog, read_log
 from experiments.runs.settings import create, replace
 
@@ -188,15 +190,33 @@ def test_other_settings_in_a_run_folder_are_refused(uninterrupted):
     pretrain(settings(out=uninterrupted, log_every=2, minutes=3))  # these change nothing that is learnt
 
 
+def test_the_second_process_in_a_run_folder_is_refused(uninterrupted):
+    with RunLock(uninterrupted), pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "):
+        pretrain(settings(out=uninterrupted))
+
+
+def test_a_state_that_overflows_is_not_sound():
+    state = make_program(TINY, STEPS_PER_EPOCH).init()
+    assert is_sound(state)
+    for value in (jnp.nan, jnp.inf, 1e30):  # the last one is finite, and its square is not
+        broken = state._replace(student=jax.tree.map(lambda x, value=value: jnp.full_like(x, value), state.student))
+        assert not is_sound(broken)
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_intact(tmp_path):
-    """The teacher's temperature falls to nothing in the third epoch."""
+    """The teacher's temperature falls to nothing in the third epoch; the way back is tried too."""
     config = settings(out=tmp_path / "run", warmup_teacher_temp_epochs=3, teacher_temp=1e-40)
-    with pytest.raises(UserError, match=r"the loss is nan between steps 10 and 12; earlier checkpoints are intact"):
+    with pytest.raises(UserError, match=r"the loss is nan between steps 10 and 12; training has diverged, and earlier"):
         pretrain(config)
     restored = final_state(tmp_path / "run", config)
     assert restored.step == 10 and not restored.skipped
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.state))
     assert all(math.isfinite(record.get("loss", 0)) for record in read_log(tmp_path / "run"))
+    mended = replace(config, teacher_temp=0.04, from_step=5, minutes=1e-9)
+    with pytest.raises(UserError, match=r"holds no checkpoint of step 6; its steps are: 5, 10"):
+        pretrain(replace(mended, from_step=6))
+    pretrain(mended)
+    assert final_state(tmp_path / "run", mended).step == 7
 
 
 def test_collapse_is_named_after_the_warm_up(tmp_path, capfd):
@@ -377,6 +397,7 @@ def test_a_run_folder_of_an_earlier_version_is_resumed(uninterrupted, tmp_path, 
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
     kept = json.loads((folder / "config.json").read_text())
+    del kept["document_sha256"]
     assert kept["prototypes"] == 16 and kept["crops"]["global_size"] == 12  # flat, by the names of the flags
     (folder / "config.json").write_text(json.dumps(kept | {"recipe": "seed"}))
     pretrain(settings(out=folder, recipe="reported"))
