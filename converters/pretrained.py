@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.cache import cache_folder
 from converters.download import download, raise_unless_room, sha256_of
 from converters.sources import HOST, SOURCES
 from converters.state_dicts import import_torch, num_heads_beside, read_state_dict
@@ -56,7 +57,7 @@ def load_pretrained(
 
 def model_folder(name: str, cache_dir: str | Path | None = None) -> Path:
     """The folder of the converted model in the cache."""
-    return _cache(cache_dir) / "models" / name
+    return cache_folder(cache_dir) / "models" / name
 
 
 def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
@@ -71,7 +72,7 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
     if source is None:
         raise UserError(f"no weights were published for {name}; published are {', '.join(SOURCES)}")
     import_torch()  # before minutes of download, not after
-    file = _cache(cache_dir) / "downloads" / source.filename
+    file = cache_folder(cache_dir) / "downloads" / source.filename
     if file.is_file():
         return file
     mirror = (os.environ.get("DINOJAX_WEIGHTS_URL") or HOST).rstrip("/")
@@ -79,8 +80,9 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
         return download(f"{mirror}/{source.path}", file, size=source.size, sha256=source.sha256)
     except UserError as error:
         raise UserError(
-            f"{name} is not in {_cache(cache_dir)} and its download failed: {error}. Other ways: get {source.url} on "
-            "another machine and pass the file (weights=FILE, --weights FILE), or set DINOJAX_WEIGHTS_URL to a mirror"
+            f"{name} is not in {cache_folder(cache_dir)} and its download failed: {error}. Other ways: get "
+            f"{source.url} on another machine and pass the file (weights=FILE, --weights FILE), or set "
+            "DINOJAX_WEIGHTS_URL to a mirror"
         ) from error
 
 
@@ -161,10 +163,6 @@ def variant(name: str) -> ViTConfig:
     close = difflib.get_close_matches(name, VARIANTS, n=3)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise UserError(f"no model is called {name!r}: {hint}There are {', '.join(VARIANTS)}")
-
-
-def _cache(cache_dir: str | Path | None) -> Path:
-    return Path(cache_dir or os.environ.get("DINOJAX_CACHE") or Path.home() / ".cache" / "dinojax").expanduser()
 
 
 def _load_cached(folder: Path, name: str) -> VisionTransformer:

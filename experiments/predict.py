@@ -115,7 +115,7 @@ def _features(config: Config, index: Mapping[str, Any], split: "Split") -> "Feat
     """Features of the images, computed as in the run."""
     from experiments.features.extractor import FeatureExtractor
 
-    weights, cache_dir = config.model.weights or index["weights"], config.output.cache_dir.expanduser()
+    weights, cache_dir = config.model.weights or index["weights"], config.output.cache_dir
     backbone = load_backbone(weights, seed=index["seed"], cache_dir=cache_dir)
     extractor = FeatureExtractor(
         backbone.model,

@@ -119,7 +119,7 @@ def run(config: Config) -> list[Path]:
     sizes = readable_images(config.files.images)
     out = config.run.out or records.default_run_folder("visualize")
     with records.run_folder(out) as folder:
-        cache_dir = config.run.cache_dir.expanduser()
+        cache_dir = config.run.cache_dir
         backbone = load_backbone(model.weights, network=model.network, seed=config.run.seed, cache_dir=cache_dir)
         pictures = _pictures(sizes, model.image_size, drawn.point, backbone.model.config.patch_size)
         mapper = Mapper(backbone.model, backbone.normalisation, model.dtype)

@@ -44,13 +44,13 @@ class Backbone(NamedTuple):
     source: Mapping[str, Any]
 
 
-def load_backbone(weights: str, *, seed: int, cache_dir: Path, network: str = NETWORKS[0]) -> Backbone:
+def load_backbone(weights: str, *, seed: int, cache_dir: Path | None, network: str = NETWORKS[0]) -> Backbone:
     """The backbone that `weights` names.
 
     Args:
         weights: a published name, a file, a folder, a training's run folder, "random" or "random:NAME".
         seed: of random weights.
-        cache_dir: folder of downloaded weights.
+        cache_dir: folder of downloaded weights; None takes `converters.cache.cache_folder`.
         network: name of a network in a run folder.
 
     Raises:
@@ -105,7 +105,7 @@ def is_random(weights: str) -> bool:
     return weights == RANDOM or weights.startswith(f"{RANDOM}:")
 
 
-def _load_model(weights: str, seed: int, cache_dir: Path) -> VisionTransformer:
+def _load_model(weights: str, seed: int, cache_dir: Path | None) -> VisionTransformer:
     if is_random(weights):
         name = weights.removeprefix(RANDOM).removeprefix(":") or DEFAULT_SHAPE
         if name not in VARIANTS:

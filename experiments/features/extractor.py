@@ -23,6 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
+from converters.cache import cache_folder
 from dinojax.errors import UserError
 from dinojax.models.chunks import images_in_cache, in_chunks
 from dinojax.models.files import named_parameters
@@ -67,7 +68,7 @@ class FeatureExtractor:
         dtype: number type of the model's computation; "auto" is bfloat16 on accelerators and float32 on a CPU. The
             features are float32.
         batch_size: images per pass; None is what a CPU's cache holds (8 with ViT-S/14 at 224 px), 256 on accelerators.
-        cache_dir: its folder `features/` holds the features.
+        cache_dir: its folder `features/` holds the features; None takes `converters.cache.cache_folder`.
 
     Raises:
         UserError: a size that the model does not take.
@@ -79,7 +80,7 @@ class FeatureExtractor:
         *,
         normalisation: Normalisation,
         image_size: int,
-        cache_dir: Path,
+        cache_dir: Path | None,
         dtype: Dtype = "auto",
         batch_size: int | None = None,
     ):
@@ -89,7 +90,7 @@ class FeatureExtractor:
         self.dtype = jnp.dtype(resolve_dtype(dtype))
         self.batch_size = min(batch_size or (_images_in_cache(model, image_size) if on_cpu else 256), _SHARD_IMAGES)
         self.shape = (min(LAST_BLOCKS, model.config.depth) + 1, model.config.embed_dim)
-        self._root = cache_dir / "features"
+        self._root = cache_folder(cache_dir) / "features"
         self.fingerprint = fingerprint(model)
         self.parameters = sum(array.size for array in named_parameters(model).values())
         self._normalisation = [list(map(float, numbers)) for numbers in normalisation]

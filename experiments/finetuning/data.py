@@ -136,7 +136,7 @@ class FeatureData:
             task.backbone.model,
             normalisation=task.backbone.normalisation,
             image_size=task.image_size,
-            cache_dir=config.run.cache_dir.expanduser(),
+            cache_dir=config.run.cache_dir,
             dtype=config.model.dtype,
         )
         splits, options = [task.images.train, *task.evaluated], {"interpolation": config.views.interpolation}

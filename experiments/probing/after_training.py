@@ -17,7 +17,7 @@ from experiments.runs.settings import DataSettings, Dtype, RunSettings, create
 
 
 def knn_accuracies(
-    backbones: Mapping[str, Backbone], dataset: Dataset, cache_dir: Path, dtype: Dtype = "auto"
+    backbones: Mapping[str, Backbone], dataset: Dataset, cache_dir: Path | None, dtype: Dtype = "auto"
 ) -> dict[str, float]:
     """Accuracy (a fraction) on the test images of DINO's weighted k-NN with 20 neighbours, by network.
 
@@ -27,7 +27,7 @@ def knn_accuracies(
     Args:
         backbones: networks by name; their `weights` and `source` are not used.
         dataset: labelled images.
-        cache_dir: folder of cached features.
+        cache_dir: folder of cached features, as in `converters.cache.cache_folder`.
         dtype: number type of the model's computation.
     """
     accuracies, k = {}, min(HEADLINE_K, len(dataset.train))
@@ -36,7 +36,7 @@ def knn_accuracies(
             backbone.model,
             normalisation=backbone.normalisation,
             image_size=backbone.image_size,
-            cache_dir=cache_dir.expanduser(),
+            cache_dir=cache_dir,
             dtype=dtype,
         )
         train, test = (features.vectors() for features in extractor.extract([dataset.train, dataset.test]))

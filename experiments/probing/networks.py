@@ -22,7 +22,7 @@ def load_networks(config: EvaluationConfig) -> dict[str, Backbone]:
         UserError: no such weights, or no such network in the run folder.
     """
     weights, chosen = config.model.weights, config.networks.network
-    options = {"seed": config.run.seed, "cache_dir": config.run.cache_dir.expanduser()}
+    options = {"seed": config.run.seed, "cache_dir": config.run.cache_dir}
     found = find_networks(weights)
     if chosen != "all" and (found or chosen != NETWORKS[0]):
         found = {chosen: find_network(weights, chosen)}
@@ -47,7 +47,7 @@ def make_extractor(config: EvaluationConfig, backbone: Backbone) -> FeatureExtra
         backbone.model,
         normalisation=backbone.normalisation,
         image_size=config.model.image_size or backbone.image_size,
-        cache_dir=config.run.cache_dir.expanduser(),
+        cache_dir=config.run.cache_dir,
         dtype=config.model.dtype,
         batch_size=config.model.batch_size,
     )
