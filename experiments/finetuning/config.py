@@ -187,7 +187,7 @@ class FinetuneConfig:
 
     dataset: Flags[FolderSettings]
     model: Flags[TunedModel] = TunedModel()
-    training: Flags[TrainingSettings] = TrainingSettings()  # before `views`, whose defaults follow from the protocol
+    training: Flags[TrainingSettings] = TrainingSettings()
     views: Flags[ViewSettings] = ViewSettings()
     compute: Flags[ComputeSettings] = ComputeSettings()
     run: Flags[ResumableRun] = ResumableRun()

@@ -27,7 +27,7 @@ def command_line(kind: Any, name: str, description: str, args: Sequence[str] | N
         args: words of the command line; None takes the process's own.
         options: for `tyro.cli`.
     """
-    words = renamed(sys.argv[1:] if args is None else args)
+    words = renamed(sys.argv[1:] if args is None else args, recipes=not dataclasses.is_dataclass(kind))
     return tyro.cli(
         kind, args=words, prog=f"python -m {name}", description=wrapped(description), registry=_REGISTRY, **options
     )
@@ -36,22 +36,27 @@ def command_line(kind: Any, name: str, description: str, args: Sequence[str] | N
 def wrapped(text: str) -> str:
     """A module's docstring, its paragraphs filled to the terminal's width; indented lines (commands) stay as they are.
 
-    Every line starts with a space: tyro joins lines that start with a letter and does not wrap them again.
+    Every line starts with a space: tyro joins lines that start with a letter and does not wrap them again. It prints an
+    empty line as two, so lines between paragraphs hold a zero-width space.
     """
     width = min(shutil.get_terminal_size().columns - 2, 100)
     paragraphs = inspect.cleandoc(text).split("\n\n")
     filled = [p if p.startswith(" ") else textwrap.fill(p, width) for p in paragraphs]
-    return textwrap.indent("\n\n".join(filled), " ")
+    return textwrap.indent("\n\u200b\n".join(filled), " ")
 
 
-def renamed(args: Sequence[str]) -> list[str]:
-    """The same words with "reported" for "seed", the old name of a recipe (first word) and of a protocol.
+def renamed(args: Sequence[str], *, recipes: bool) -> list[str]:
+    """The same words with "reported" for "seed", the old name of a protocol and of a recipe.
 
     The old name is accepted until version 0.2.
+
+    Args:
+        args: words of a command line.
+        recipes: whether the first word is the name of a recipe.
     """
     words = ["--protocol=reported" if word == "--protocol=seed" else word for word in args]
     for place, word in enumerate(words):
-        if word == "seed" and (place == 0 or words[place - 1] == "--protocol"):
+        if word == "seed" and (words[place - 1] == "--protocol" if place else recipes):
             words[place] = "reported"
             print('note: "seed" is now called "reported" here; the old name will go in version 0.2', file=sys.stderr)
     return words

@@ -127,3 +127,4 @@ def test_the_old_name_of_a_recipe_and_a_protocol_is_understood(capsys):
     config = command_line(kind, "experiments.example", "An example.", ["seed", "--seed", "4"])
     assert (config.training.epochs, config.run.seed) == (300, 4)
     assert '"seed" is now called "reported"' in capsys.readouterr().err
+    assert parse("seed").model.weights == "seed"  # a file of that name, not a recipe
