@@ -9,16 +9,15 @@ import tyro
 
 from converters.export import export, raise_unless_new
 from converters.pretrained import (
-    convert,
     describe,
     fetch_converted,
     load_pretrained,
     model_folder,
     raise_unless_architecture,
+    read_file,
     store,
     variant,
 )
-from converters.state_dicts import num_heads_beside, read_state_dict
 from converters.torch_to_flax import to_torch
 from dinojax.commands import exit_on_user_error
 from dinojax.errors import UserError
@@ -113,8 +112,7 @@ def _convert_file(config: Config) -> bool:
     file = Path(config.source).expanduser()
     folder = config.out or file.with_name(f"{file.name if file.is_dir() else file.stem}-flax")
     _raise_if_foreign(folder)
-    checkpoint = read_state_dict(file)
-    model = convert(checkpoint, str(file), num_heads=config.num_heads or num_heads_beside(file), which=config.which)
+    checkpoint, model = read_file(file, num_heads=config.num_heads, which=config.which, say=print)
     if config.name is not None:
         raise_unless_architecture(model, config.name, str(file))
     if config.verify and not _equals_pytorch(model, checkpoint, config):

@@ -10,12 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
+from converters.tensors import raise_unless_named, raise_unless_readable, to_numpy
 from dinojax.errors import UserError
 
 _WRAPPERS = ("model", "state_dict")
+_DEEPEST = 8  # dictionaries inside each other; a dictionary may hold itself
 _PREFIXES = {
     "backbone": ("module.", "_orig_mod.", "backbone.", "dinov2.", "dinov2_with_registers."),
     "head": ("module.", "_orig_mod.", "head.", "dino_head."),
@@ -64,27 +65,60 @@ def part_of_checkpoint(checkpoint: Mapping[str, Any], *, part: str, which: str) 
     """
     if which not in ("teacher", "student"):
         raise UserError(f"which={which!r} is not 'teacher' or 'student'")
-    tensors = _strip(_unwrap(checkpoint, which), part, which)
-    state = {name: _to_numpy(name, tensor) for name, tensor in tensors.items()}
+    unwrapped, _ = _unwrap(checkpoint, which)
+    tensors = _strip(unwrapped, part, which)
+    raise_unless_readable(tensors)
+    state = {name: to_numpy(name, tensor) for name, tensor in tensors.items()}
     if any(name.startswith("embeddings.") for name in state):
         state = _from_hugging_face(state)
     return _unchunk(state)
 
 
-def _unwrap(checkpoint: Mapping[str, Any], which: str) -> Mapping[str, Any]:
-    """Descends through nested dictionaries to the one that maps names to tensors."""
+def left_out(checkpoint: Mapping[str, Any], which: str) -> str | None:
+    """One sentence on which of several networks is taken; None if the checkpoint leaves no choice.
+
+    The entry `which` comes first, then "model", then "state_dict"; averages such as "model_ema" are never taken.
+    """
+    _, path = _unwrap(checkpoint, which)
+    others = []
+    for key in path:
+        others += [
+            str(other)
+            for other, value in checkpoint.items()
+            if other not in (key, "teacher", "student") and isinstance(value, Mapping) and _holds_tensors(value)
+        ]
+        checkpoint = checkpoint[key]
+    return f"the weights are those of {path[-1]!r}; {', '.join(map(repr, others))} is left out" if others else None
+
+
+def _holds_tensors(entry: Mapping[str, Any]) -> bool:
+    return any(hasattr(value, "detach") or isinstance(value, np.ndarray) for value in entry.values())
+
+
+def _unwrap(checkpoint: Mapping[str, Any], which: str) -> tuple[Mapping[str, Any], list[str]]:
+    """Descends through nested dictionaries to the one that maps names to tensors; also the keys on the way."""
+    path: list[str] = []
     while any(isinstance(value, Mapping) for value in checkpoint.values()):
         inner = next((key for key in (which, *_WRAPPERS) if isinstance(checkpoint.get(key), Mapping)), None)
         if inner is None:
-            raise UserError(f"the checkpoint holds no {which!r} weights, only {sorted(map(str, checkpoint))}")
+            raise UserError(f"the checkpoint holds no {which!r} weights, only {_first(checkpoint)}")
+        if len(path) == _DEEPEST:
+            raise UserError(f"the checkpoint holds more than {_DEEPEST} dictionaries inside each other")
         checkpoint = checkpoint[inner]
+        path.append(inner)
     if not checkpoint:
         raise UserError("the checkpoint holds no tensors")
-    return checkpoint
+    return checkpoint, path
+
+
+def _first(names: Mapping[str, Any], count: int = 8) -> str:
+    shown = sorted(str(name)[:40] for name in names)
+    return ", ".join(map(repr, shown[:count])) + (f" and {len(shown) - count} more" if len(shown) > count else "")
 
 
 def _strip(tensors: Mapping[str, Any], part: str, which: str) -> dict[str, Any]:
     """Removes prefixes, and the tensors of the other network and the other part."""
+    raise_unless_named(tensors)
     tensors = dict(tensors)
     networks = {name.split(".")[0] for name in tensors} & {"teacher", "student"}
     if networks and which not in networks:
@@ -93,20 +127,11 @@ def _strip(tensors: Mapping[str, Any], part: str, which: str) -> dict[str, Any]:
     pending = [f"{which}.", *_PREFIXES[part]]
     while prefix := next((p for p in pending if any(name.startswith(p) for name in tensors)), None):
         beside = {name: v for name, v in tensors.items() if not name.startswith((prefix, other, *_COMPANIONS))}
-        tensors = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)} | beside
+        within = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+        if twice := within.keys() & beside.keys():
+            raise UserError(f"two tensors of the checkpoint are named {min(twice)}, one of them {prefix}{min(twice)}")
+        tensors = within | beside
     return tensors
-
-
-def _to_numpy(name: str, tensor: Any) -> np.ndarray:
-    """A float32 or float64 array; half precision is widened."""
-    if hasattr(tensor, "detach"):  # a torch tensor; bfloat16 has no numpy counterpart
-        tensor = tensor.detach().cpu()
-        tensor = (tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor).numpy()
-    if not isinstance(tensor, np.ndarray):
-        raise UserError(f"{name} is of type {type(tensor).__name__} but a tensor was expected")
-    if not jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating):
-        raise UserError(f"{name} holds {tensor.dtype} but floating-point numbers were expected")
-    return tensor if tensor.dtype == np.float64 else tensor.astype(np.float32)
 
 
 def _from_hugging_face(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ import numpy as np
 
 from converters.cache import cache_folder
 from converters.download import download, raise_unless_room, sha256_of
+from converters.hugging_face import num_heads_beside, preprocessing_beside, raise_unless_computed
+from converters.layouts import left_out
 from converters.sources import HOST, SOURCES
-from converters.state_dicts import import_torch, num_heads_beside, read_state_dict
+from converters.state_dicts import import_torch, read_state_dict
 from converters.torch_to_flax import from_torch
 from dinojax.errors import UserError
 from dinojax.models.files import is_model_folder, load, named_parameters, save, shipped_folder
@@ -105,16 +107,39 @@ def fetch_converted(
     return file, state_dict, model
 
 
-def read_model(path: str | Path, *, num_heads: int | None = None, which: str = "teacher") -> VisionTransformer:
+def read_model(
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    which: str = "teacher",
+    say: Callable[[str], object] = lambda _: None,
+) -> VisionTransformer:
     """Reads a model from a PyTorch file, a Hugging Face folder, or a folder written by `dinojax.save`.
+
+    Args:
+        path: of the file or folder.
+        num_heads: number of attention heads; None takes it from the `config.json` beside the weights, or else one head
+            per 64 channels.
+        which: the network to take from a training checkpoint.
+        say: gets a sentence if the file holds several networks, such as "model" and "model_ema".
 
     Raises:
         UserError: there is no such file, or it cannot be used.
     """
     path = Path(path).expanduser()
-    if is_model_folder(path):
-        return load(path)
-    return convert(read_state_dict(path), str(path), num_heads=num_heads or num_heads_beside(path), which=which)
+    return load(path) if is_model_folder(path) else read_file(path, num_heads=num_heads, which=which, say=say)[1]
+
+
+def read_file(
+    path: Path, *, num_heads: int | None, which: str, say: Callable[[str], object]
+) -> tuple[Mapping[str, Any], VisionTransformer]:
+    """The tensors of a file or a Hugging Face folder as stored, and the converted model; see `read_model`."""
+    state_dict = read_state_dict(path)
+    model = convert(state_dict, str(path), num_heads=num_heads or num_heads_beside(path), which=which)
+    raise_unless_computed(path, model)
+    if note := left_out(state_dict, which):
+        say(f"{path}: {note}")
+    return state_dict, model
 
 
 def convert(
@@ -123,7 +148,7 @@ def convert(
     """`from_torch` with `label` in its errors; it also refuses values that are not finite."""
     try:
         model = from_torch(state_dict, num_heads=num_heads, which=which)
-    except ValueError as error:  # a UserError, or shapes that do not make a configuration
+    except (ValueError, MemoryError, OverflowError) as error:  # a UserError, or shapes that do not make a configuration
         raise UserError(f"{label}: {_shortened(str(error))}") from error
     for name, array in named_parameters(model).items():
         if not np.isfinite(array).all():
@@ -138,9 +163,9 @@ def store(model: VisionTransformer, folder: Path, source: Mapping[str, Any]) -> 
 
 
 def describe(file: Path, name: str | None = None) -> dict[str, Any]:
-    """The origin of converted weights, which is stored with them."""
+    """The origin of converted weights and the preprocessing they were trained with, which are stored with them."""
     source = SOURCES.get(name) if name else None
-    description: dict[str, Any] = {"file": file.name}
+    description: dict[str, Any] = {"file": file.name, **({} if source else preprocessing_beside(file))}
     if file.is_file():
         description |= {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     if source:

@@ -1,25 +1,29 @@
 """Reads weight files into state dicts, without running code that a file may hold."""
 
-import argparse
 import json
 import pickle
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 
+from converters.harmless import HARMLESS
 from dinojax.errors import UserError
 
 _SAFETENSORS = "model.safetensors"
 _SHARD_INDEX = "model.safetensors.index.json"
 _TORCH = "pytorch_model.bin"
-# Errors of torch's reader on damaged files, besides those that it raises on purpose.
+# Errors of the readers on damaged files, besides those that they raise on purpose.
 _UNREADABLE = (
+    safetensors.SafetensorError,
     RuntimeError,
+    MemoryError,
+    OverflowError,
     EOFError,
     OSError,
     ValueError,
@@ -35,9 +39,9 @@ def read_state_dict(path: str | Path) -> Mapping[str, Any]:
     """Reads the tensors in a file, or in a folder as Hugging Face lays them out.
 
     Args:
-        path: `.safetensors`; any other file is read by `torch.load(weights_only=True)`, which also admits the
-            `argparse.Namespace` in DINO's training checkpoints; a folder with `model.safetensors` (or its shards) or
-            `pytorch_model.bin`.
+        path: `.safetensors`; any other file is read by `torch.load(weights_only=True)`, which also admits what
+            training checkpoints hold besides tensors (`converters.harmless`); a folder with `model.safetensors` (or
+            its shards) or `pytorch_model.bin`.
 
     Returns:
         Name → array (safetensors) or torch tensor, nested as in the file.
@@ -54,37 +58,37 @@ def read_state_dict(path: str | Path) -> Mapping[str, Any]:
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
-def num_heads_beside(path: str | Path) -> int | None:
-    """The number of attention heads in the Hugging Face `config.json` in or next to `path`, or None."""
-    path = Path(path).expanduser()
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        document = json.loads(config.read_text())
-    except (OSError, ValueError):
-        return None
-    num_heads = document.get("num_attention_heads") if isinstance(document, dict) else None
-    return num_heads if isinstance(num_heads, int) and num_heads > 0 else None
-
-
 def _read_folder(folder: Path) -> Mapping[str, Any]:
     if (folder / _SAFETENSORS).is_file():
         return read_state_dict(folder / _SAFETENSORS)
     if (folder / _SHARD_INDEX).is_file():
         try:
-            shards = sorted(set(json.loads((folder / _SHARD_INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            named = json.loads((folder / _SHARD_INDEX).read_bytes())["weight_map"].values()
+            # Only file names, so that an index cannot lead outside its folder.
+            shards = sorted({Path(shard).name for shard in named})
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise UserError(f"{folder / _SHARD_INDEX} is not an index of shards ({error})") from error
-        # Only file names, so that an index cannot lead outside its folder.
-        return {k: v for shard in shards for k, v in read_state_dict(folder / Path(shard).name).items()}
+        if not all(shards):
+            raise UserError(f"{folder / _SHARD_INDEX} names a shard without a name; download it again")
+        return {k: v for shard in shards for k, v in _read_shard(folder / shard).items()}
     if (folder / _TORCH).is_file():
         return read_state_dict(folder / _TORCH)
     raise UserError(f"{folder} holds no weights: {_SAFETENSORS} or {_TORCH} was expected in it")
 
 
+def _read_shard(file: Path) -> Mapping[str, Any]:
+    if file.is_dir():
+        raise UserError(f"{file} is a folder, but an index of shards names it as a file")
+    return read_state_dict(file)
+
+
 def _raise_if_text(path: Path) -> None:
     """Refuses files that are often saved by mistake instead of weights."""
-    with path.open("rb") as file:
-        start = file.read(64).lstrip().lower()
+    try:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip().lower()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
     if not start:
         raise UserError(f"{path} is empty; download it again")
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
@@ -98,15 +102,17 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         # numpy has no bfloat16; the flax reader has it, and needs no torch.
         with safetensors.safe_open(path, "flax") as file:
             return {name: file.get_tensor(name).__array__() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except safetensors.SafetensorError as error:
+    except _UNREADABLE as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error}); download it again") from error
 
 
 def _read_torch(path: Path) -> Mapping[str, Any]:
     torch = import_torch()
     is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _check_archive(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             for notice in (
                 "'torch.load' received a zip file that looks like a TorchScript",
                 "Detected pickle protocol",
@@ -126,6 +132,27 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__} but a dictionary of named tensors was expected")
     return content
+
+
+def _check_archive(path: Path) -> None:
+    """Compares the zip's checksums, which torch does not, once it is clear that no entry unpacks to more than is there.
+
+    Raises:
+        UserError: the archive is damaged, or its entries are larger than the file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise UserError(
+                    f"{path} is an archive that unpacks to more than its size, which torch.save never makes"
+                )
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, *_UNREADABLE) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged or cut off; download it again") from error
+    if broken is not None:
+        raise UserError(f"{path} is damaged (the CRC-32 of {broken} is not the stored one); download it again")
 
 
 def import_torch() -> Any:

@@ -37,7 +37,8 @@ def from_torch(
             registers, and offset 0.1 for others.
         num_heads: number of attention heads, which shapes do not determine; None means 64 channels per head, as in
             all published models.
-        which: the network to take from a training checkpoint, "teacher" or "student".
+        which: the network to take from a training checkpoint, "teacher" or "student". Among other entries, "model"
+            comes before "state_dict", and averages such as "model_ema" are not taken.
 
     Returns:
         The model in float32, or in float64 if the checkpoint is and jax has it enabled.
@@ -67,13 +68,15 @@ def head_from_torch(
         UserError: a missing, extra or misshapen tensor (the message names all), or no head.
     """
     state = part_of_checkpoint(state_dict, part="head", which=which)
-    layers = [name for name in sorted(state) if re.fullmatch(r"mlp\.(\d+\.)?weight", name) and state[name].ndim == 2]
+    layers = [n for n in sorted(state) if re.fullmatch(r"mlp\.([0-9]{1,9}\.)?weight", n) and state[n].ndim == 2]
     lengths = state.get("last_layer.weight_g")
     if not layers or lengths is None or "last_layer.weight_v" not in state:
         raise UserError(
             f"no DINO head: mlp.*.weight, last_layer.weight_g and last_layer.weight_v were expected among {_few(state)}"
         )
     layers.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+    if state["last_layer.weight_v"].ndim != 2:
+        raise UserError(f"misshapen last_layer.weight_v {state['last_layer.weight_v'].shape}: 2 axes were expected")
     prototypes, bottleneck_dim = state["last_layer.weight_v"].shape
     if norm_last_layer is None:
         norm_last_layer = bool(np.all(lengths == 1))
@@ -111,6 +114,16 @@ def to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
     return {rule.name: np.asarray(param[...]).transpose(np.argsort(rule.axes)) for rule, param in rules}
 
 
+# What `infer_config` looks at.
+_AXES = {
+    "patch_embed.proj.weight": 4,
+    "pos_embed": 3,
+    "register_tokens": 3,
+    "blocks.0.mlp.fc1.weight": 2,
+    "blocks.0.mlp.w12.weight": 2,
+}
+
+
 class _Rule(NamedTuple):
     """Name and shape of an official tensor, and the order of its axes in the Flax parameter."""
 
@@ -139,6 +152,9 @@ def infer_config(state: Mapping[str, np.ndarray], num_heads: int | None = None) 
     missing = [name for name in needed if name not in state]
     if missing:
         raise UserError(f"not a DINO or DINOv2 backbone: {', '.join(missing)} missing among {_few(state)}")
+    for name, axes in _AXES.items():
+        if name in state and (state[name].ndim != axes or 0 in state[name].shape):
+            raise UserError(f"misshapen {name} {state[name].shape}: {axes} axes were expected, none of them empty")
     embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
     if num_heads is None and embed_dim % 64:
         raise UserError(
@@ -151,7 +167,7 @@ def infer_config(state: Mapping[str, np.ndarray], num_heads: int | None = None) 
         img_size=side * patch_size,
         patch_size=patch_size,
         embed_dim=embed_dim,
-        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        depth=_depth(state),
         num_heads=num_heads or embed_dim // 64,
         **_feed_forward(state, embed_dim),
         qkv_bias="blocks.0.attn.qkv.bias" in state,
@@ -162,6 +178,17 @@ def infer_config(state: Mapping[str, np.ndarray], num_heads: int | None = None) 
         in_chans=in_chans,
         family="dinov2" if only_v2 & set(state) else "dino",
     )
+
+
+def _depth(state: Mapping[str, np.ndarray]) -> int:
+    """The number of blocks; a few may be missing, which `fill` names."""
+    numbers = {int(found[1]) for name in state if (found := re.match(r"blocks\.([0-9]{1,9})\.", name))}
+    depth = 1 + max(numbers)
+    if depth > 2 * len(numbers):
+        raise UserError(
+            f"blocks.{depth - 1} is named among only {len(numbers)} blocks; the file is damaged or no ViT's"
+        )
+    return depth
 
 
 def _feed_forward(state: Mapping[str, np.ndarray], embed_dim: int) -> dict[str, Any]:

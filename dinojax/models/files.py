@@ -45,7 +45,7 @@ def with_parameters(module: Network, arrays: Mapping[str, np.ndarray | jax.Array
     """
     graphdef, state = nnx.split(module, nnx.Param)
     flat = nnx.to_flat_state(state)
-    raise_unless_same({_dotted(path): param.shape for path, param in flat}, {k: v.shape for k, v in arrays.items()})
+    raise_unless_same(_shapes(module), {name: array.shape for name, array in arrays.items()})
     filled = [(path, param.replace(jax.numpy.array(arrays[_dotted(path)]))) for path, param in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
@@ -137,10 +137,7 @@ def load(path: str | Path) -> VisionTransformer:
     digest = document.get("sha256")  # releases before 0.2: a hash of the weights, none of the configuration
     if digest is not None and sha256_of_file(path / WEIGHTS_FILE) != digest:
         raise UserError(f"{path / WEIGHTS_FILE} is damaged (its SHA-256 is not the stored one); {_REMEDY}")
-    with safetensors.safe_open(path / WEIGHTS_FILE, "numpy") as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    arrays = {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in arrays.items()}
-    return with_parameters(abstract_model(config), arrays)
+    return _filled(config, path / WEIGHTS_FILE)
 
 
 def read_source(path: str | Path) -> dict[str, Any]:
@@ -160,6 +157,23 @@ def _read_config(path: Path, files: list[str]) -> dict[str, Any]:
     return read_document(path / CONFIG_FILE, files=files, remedy=_REMEDY)
 
 
+def _filled(config: ViTConfig, weights: Path) -> VisionTransformer:
+    """The model of `config` with the arrays of a file, whose names and shapes are compared before they are read."""
+    try:
+        with safetensors.safe_open(weights, "numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+            blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+            if len(blocks) != config.depth:
+                raise UserError(f"{weights} holds {len(blocks)} blocks and {CONFIG_FILE} says depth {config.depth}")
+            model = abstract_model(config)
+            raise_unless_same(_shapes(model), shapes)
+            arrays = {name: file.get_tensor(name) for name in shapes}
+    except (safetensors.SafetensorError, TypeError) as error:  # TypeError: a dtype that numpy does not have
+        raise UserError(f"{weights} is damaged or not a model's ({error}); {_REMEDY}") from error
+    arrays = {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in arrays.items()}
+    return with_parameters(model, arrays)
+
+
 def abstract_model(config: ViTConfig) -> VisionTransformer:
     """A model of shapes alone; no values are drawn."""
     return nnx.eval_shape(lambda: VisionTransformer(config, rngs=nnx.Rngs(0)))
@@ -177,6 +191,10 @@ def _stored(name: str, array: jax.Array, dtype: DTypeLike | None) -> np.ndarray:
     if not np.isfinite(stored).all() and np.isfinite(array).all():
         raise UserError(f"{name} holds values that {np.dtype(stored.dtype)} cannot; store the model in float32")
     return stored
+
+
+def _shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
+    return {_dotted(path): param.shape for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
 def _dotted(path: tuple[object, ...]) -> str:

@@ -20,6 +20,22 @@ from dinojax.models.layers import Block, LayerNorm, Module, PatchEmbed
 from dinojax.models.position import interpolate_pos_embed
 
 _Batch = Array | np.ndarray
+# Bounds that no model comes near: what is beyond them is a damaged file or a slip.
+_WHOLE = {
+    "img_size": (1, 2**16),
+    "patch_size": (1, 2**12),
+    "embed_dim": (1, 2**16),
+    "depth": (1, 2**10),
+    "num_heads": (1, 2**12),
+    "num_register_tokens": (0, 2**12),
+    "in_chans": (1, 2**12),
+}
+_REAL = {
+    "mlp_ratio": (0.001, 1024),
+    "init_values": (-1024, 1024),
+    "interpolate_offset": (-1, 1),
+    "drop_path_rate": (0, 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +55,8 @@ class ViTConfig:
             models cut off the remaining pixels. None infers it: only DINOv2 has LayerScale, registers or SwiGLU.
 
     Raises:
-        UserError: sizes that do not fit each other, or an unknown `ffn_layer`.
+        UserError: a value of another type or out of all bounds, sizes that do not fit each other, or an unknown
+            `ffn_layer`.
     """
 
     img_size: int = 224
@@ -60,6 +77,7 @@ class ViTConfig:
     family: Literal["dino", "dinov2"] | None = None
 
     def __post_init__(self):
+        _raise_if_damaged(self)
         if self.family is None:
             only_v2 = self.init_values is not None or self.num_register_tokens > 0 or self.ffn_layer != "mlp"
             object.__setattr__(self, "family", "dinov2" if only_v2 else "dino")
@@ -246,6 +264,18 @@ class VisionTransformer(Module):
         """Class token, register tokens, patch tokens."""
         first_patch = 1 + self.config.num_register_tokens
         return x[:, 0], x[:, 1:first_patch], x[:, first_patch:]
+
+
+def _raise_if_damaged(config: ViTConfig) -> None:
+    """Refuses values of other types, and numbers that no model comes near."""
+    for name, (least, most) in (_WHOLE | _REAL).items():
+        value, kinds = getattr(config, name), int if name in _WHOLE else int | float
+        holds = isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most
+        wanted = f"a {'whole ' if name in _WHOLE else ''}number from {least} to {most}"
+        require(holds or (name == "init_values" and value is None), name, value, wanted)
+    for name in ("qkv_bias", "interpolate_antialias", "drop_path_uniform"):
+        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
+    require(config.family in (None, "dino", "dinov2"), "family", config.family, "'dino', 'dinov2' or None")
 
 
 def _drop_path_rates(config: ViTConfig) -> list[float]:

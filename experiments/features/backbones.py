@@ -34,7 +34,7 @@ class Backbone(NamedTuple):
         normalisation: mean and standard deviation of the pixels (0–1) that the model was trained with.
         image_size: side in pixels of the images that the model was trained on. If it is not known, this is the size of
             the position embeddings, at most 224.
-        source: origin of the weights, as recorded in the model folder.
+        source: origin of the weights, as recorded in the model folder, or what Hugging Face's files say of it.
     """
 
     model: VisionTransformer
@@ -58,6 +58,10 @@ def load_backbone(weights: str, *, seed: int, cache_dir: Path | None, network: s
     """
     weights = find_network(weights, network)
     model, source = _load_model(weights, seed, cache_dir), _source(weights)
+    if model.config.in_chans != 3:
+        raise UserError(
+            f"{weights} takes images of {model.config.in_chans} channels; the commands read red, green, blue"
+        )
     size = source.get("image_size", min(model.config.img_size, _LARGEST_DEFAULT))
     return Backbone(model, weights, find_normalisation(weights), size, source)
 
@@ -116,7 +120,7 @@ def _load_model(weights: str, seed: int, cache_dir: Path | None) -> VisionTransf
 
     path = Path(weights).expanduser()
     if path.exists():
-        return read_model(path)
+        return read_model(path, say=print)
     if path.name != weights or path.suffix:
         raise UserError(f"{weights}: there is no such file or folder of weights")
     try:
@@ -126,6 +130,10 @@ def _load_model(weights: str, seed: int, cache_dir: Path | None) -> VisionTransf
 
 
 def _source(weights: str) -> dict[str, Any]:
-    """What `dinojax.save` recorded with the weights in a model folder."""
+    """What `dinojax.save` recorded in a model folder, or the preprocessing that Hugging Face keeps beside weights."""
+    from converters.hugging_face import preprocessing_beside
+
     folder = shipped_folder(weights) or Path(weights).expanduser()
-    return read_source(folder) if is_model_folder(folder) else {}
+    if is_model_folder(folder):
+        return read_source(folder)
+    return {} if is_random(weights) or not folder.exists() else preprocessing_beside(folder)

@@ -14,7 +14,9 @@ import safetensors.numpy
 
 import dinojax
 from converters import pretrained
+from converters.state_dicts import read_state_dict
 from dinojax import VARIANTS, UserError
+from experiments.features.backbones import IMAGENET_MEAN, IMAGENET_STD, load_backbone
 from tests.support.tiny_weights import TINY_V1, TINY_V2, assert_holds, official_state, torch_bytes
 
 pytest.importorskip("torch")
@@ -52,6 +54,109 @@ def test_a_dino_training_checkpoint_with_its_namespace_loads(tmp_path):
     for which, seed in (("teacher", 1), ("student", 2)):
         model = pretrained.read_model(tmp_path / "checkpoint.pth", which=which)
         assert_holds(model, official_state(TINY_V1, seed))
+
+
+def test_what_runs_no_code_in_a_checkpoint_is_read(tmp_path):
+    """Numpy's numbers come back as they were, whatever their byte order; paths as paths."""
+    import torch
+
+    numbers = [np.float64(0.7), np.float32(1e-3), np.int64(-5), np.dtype(">f8").type(0.25), np.bool_(True)]
+    args = argparse.Namespace(output_dir=tmp_path, device=torch.device("cpu"), shape=torch.Size([1, 2]))
+    tensors = {name: torch.from_numpy(array) for name, array in STATE.items()}
+    (tmp_path / "file.pth").write_bytes(torch_bytes({"model": tensors, "numbers": numbers, "args": args}))
+    found = read_state_dict(tmp_path / "file.pth")
+    assert [(type(number), number) for number in found["numbers"]] == [(type(number), number) for number in numbers]
+    assert str(found["args"].output_dir) == str(tmp_path) and found["args"].shape == (1, 2)
+    assert_holds(pretrained.read_model(tmp_path / "file.pth"), STATE)
+
+
+def test_which_of_several_networks_was_taken_is_said(tmp_path):
+    import torch
+
+    one, other = ({k: torch.from_numpy(v) for k, v in official_state(TINY_V2, seed).items()} for seed in (0, 1))
+    said: list[str] = []
+    for name, content in {
+        "ema": {"model": one, "model_ema": other},
+        "training": {"student": other, "teacher": one},
+    }.items():
+        (tmp_path / f"{name}.pth").write_bytes(torch_bytes(content))
+        assert_holds(pretrained.read_model(tmp_path / f"{name}.pth", say=said.append), STATE)
+    assert said == [f"{tmp_path}/ema.pth: the weights are those of 'model'; 'model_ema' is left out"]
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path):
+    (tmp_path / "file.pth").write_bytes(torch_bytes(STATE | {"module.norm.bias": STATE["norm.weight"]}))
+    with pytest.raises(UserError, match=r"two tensors of the checkpoint are named norm\.bias, one of them module\."):
+        pretrained.read_model(tmp_path / "file.pth")
+
+
+def _hugging_face_folder(folder: Path, preprocessing: dict | None = None, **settings: object) -> Path:
+    """Weights and the configuration beside them; `settings` are the ones that a conversion looks at."""
+    folder.mkdir()
+    safetensors.numpy.save_file(STATE, folder / "model.safetensors")
+    sizes = {"model_type": "dinov2", "num_attention_heads": 1, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
+    (folder / "config.json").write_text(json.dumps(sizes | settings))
+    if preprocessing is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer_norm_eps": 1e-3}, "layer_norm_eps = 0.001, and the model computes with 1e-06"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps = 'small'"),
+        ({"hidden_act": "gelu_new"}, "hidden_act = 'gelu_new', and the model computes with 'gelu'"),
+        ({"qkv_bias": False}, "qkv_bias = False, and the model computes with True"),
+    ],
+)
+def test_settings_that_the_model_does_not_compute_are_refused(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        pretrained.read_model(_hugging_face_folder(tmp_path / "model", **settings))
+
+
+def test_dino_s_copy_with_a_smaller_epsilon_is_read(tmp_path):
+    """Hugging Face's facebook/dino-* say 1e-12; the sizes of its images are those of its preprocessing."""
+    assert_holds(pretrained.read_model(_hugging_face_folder(tmp_path / "model", layer_norm_eps=1e-12)), STATE)
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "expected"),
+    [
+        (
+            {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.1]},
+            {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.1]},
+        ),
+        ({"do_normalize": False, "size": 56}, {"mean": [0, 0, 0], "std": [1, 1, 1], "image_size": 56}),
+        ({"crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 32}}, {"image_size": 28}),
+        ({"do_center_crop": False, "crop_size": 28, "size": {"height": 42, "width": 42}}, {"image_size": 42}),
+        ({"image_mean": [0.5], "image_std": [0.2, 0.3, 0.1]}, "are not three numbers each"),
+        ({"image_mean": [0.5] * 3, "image_std": [0.2, 0.3, 0.0]}, "are not three numbers each"),
+        ({"rescale_factor": 1 / 127.5}, "does not rescale pixels by 1/255"),
+    ],
+)
+def test_the_preprocessing_beside_weights_travels_with_them(tmp_path, preprocessing, expected):
+    from converters.__main__ import main
+
+    folder = _hugging_face_folder(tmp_path / "model", preprocessing)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            load_backbone(str(folder), seed=0, cache_dir=tmp_path)
+        return
+    main([str(folder)])  # converted, and read as it is
+    for weights in (folder, tmp_path / "model-flax"):
+        backbone = load_backbone(str(weights), seed=0, cache_dir=tmp_path)
+        mean, std = expected.get("mean", IMAGENET_MEAN), expected.get("std", IMAGENET_STD)
+        assert [list(part) for part in backbone.normalisation] == [list(mean), list(std)]
+        assert backbone.image_size == expected.get("image_size", 28)
+
+
+def test_commands_refuse_weights_of_other_channels(tmp_path):
+    state = STATE | {"patch_embed.proj.weight": STATE["patch_embed.proj.weight"][:, :1].copy()}
+    (tmp_path / "gray.pth").write_bytes(torch_bytes(state))
+    assert pretrained.read_model(tmp_path / "gray.pth").config.in_chans == 1
+    with pytest.raises(UserError, match=r"gray\.pth takes images of 1 channels; the commands read red, green, blue"):
+        load_backbone(str(tmp_path / "gray.pth"), seed=0, cache_dir=tmp_path)
 
 
 def test_bfloat16_safetensors_are_read_without_torch(tmp_path):
