@@ -1,6 +1,7 @@
-"""What every command line shares: how mistakes, signals and a full disk end it."""
+"""What every command line shares: what its output may hold, and how mistakes, signals and a full disk end it."""
 
 import errno
+import io
 import signal
 import sys
 import threading
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 
 from dinojax.errors import UserError
 
+_NO_HOME = "Could not determine home directory."  # of `Path.expanduser`
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -16,8 +18,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def exit_on_user_error() -> Iterator[None]:
     """Ends a command with one line on stderr: exit code 2 for a `UserError` or a full disk, 130 for Ctrl-C.
 
-    SIGTERM and SIGHUP end it with 128 plus their number, after temporary files are removed.
+    SIGTERM and SIGHUP end it with 128 plus their number, after temporary files are removed. Letters that the terminal
+    or the locale does not have are printed as escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _exit)
@@ -25,6 +31,11 @@ def exit_on_user_error() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        if str(error) != _NO_HOME:
+            raise
+        print("error: a path begins with ~, but there is no such home folder; write the path in full", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
         if error.errno not in _FULL:

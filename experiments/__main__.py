@@ -29,14 +29,13 @@ COMMANDS = {
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     name, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
-    if name in ("-h", "--help"):
-        print(_help())
-    elif name == "--version":
-        print(f"dinojax {dinojax.__version__}")
-    else:
-        with exit_on_user_error():
-            command = _command(name)
-        command(rest)
+    with exit_on_user_error():
+        if name in ("-h", "--help"):
+            print(_help())
+        elif name == "--version":
+            print(f"dinojax {dinojax.__version__}")
+        else:
+            _command(name)(rest)
 
 
 def _command(name: str) -> Callable[[Sequence[str]], None]:
