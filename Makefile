@@ -12,7 +12,7 @@ test test-all test-network: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache
 test test-all test-network: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 test test-all test-network: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= 0
 
-.PHONY: help demo test test-all test-network lint docs bench clean
+.PHONY: help demo test test-all test-network faults lint docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -39,6 +39,9 @@ test-all: $(DEV) lint docs  ## also the slow tests; one of them installs the pac
 
 test-network: $(DEV)  ## only the tests that need the internet: the official checkpoints, downloaded and compared
 	$(PYTEST) -m network
+
+faults: $(DEV)  ## 12,000 damaged files of every kind, killed trainings and double starts: half an hour on two cores
+	$(BIN)/python -W ignore -m tests.support.faults
 
 lint: $(DEV)  ## format, rules and types
 	$(BIN)/ruff format --check .
