@@ -78,16 +78,20 @@ def damaged_lines(folder: Path) -> list[int]:
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
     """Sound records, and damaged lines by number. A last line that was cut off is neither: its run writes it again."""
-    records, damaged = [], {}
+    records, damaged, checked = [], {}, False
     content = path.read_bytes() if path.is_file() else b""
     *whole, _unfinished = content.split(b"\n")
     for number, line in enumerate(whole, 1):
         try:
-            record = _checked(line)
+            record, has_check = _checked(line)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             damaged[number] = line
-        else:
-            records.append(record)
+            continue
+        if checked and not has_check:  # its check is damaged: lines of releases before 0.2 come before all others
+            damaged[number] = line
+            continue
+        checked |= has_check
+        records.append(record)
     return records, damaged
 
 
@@ -96,14 +100,14 @@ def _line(record: Mapping[str, Any]) -> str:
     return f'{text[:-1]}, "{_CHECK}": {zlib.crc32(text.encode())}}}\n'
 
 
-def _checked(line: bytes) -> dict[str, Any]:
-    """The record of a line; lines of releases before 0.2 have no CRC."""
+def _checked(line: bytes) -> tuple[dict[str, Any], bool]:
+    """The record of a line, and whether it has a CRC."""
     record = json.loads(line)
     stated = record.pop(_CHECK, None)
     if stated is not None and stated != zlib.crc32(json.dumps(record).encode()):
         raise ValueError("the line is not the one that was written")
     record["step"] + 0
-    return record
+    return record, stated is not None
 
 
 @contextlib.contextmanager

@@ -33,8 +33,7 @@ def test_every_flipped_bit_costs_its_own_line_at_most(tmp_path):
             damaged = bytearray(content)
             damaged[place] ^= 1 << bit
             path.write_bytes(damaged)
-            # A flip in the name of the check makes a line of an earlier release, with all its numbers and one more.
-            found = [{name: record[name] for name in RECORDS[0] if name in record} for record in read_log(tmp_path)]
+            found = read_log(tmp_path)
             without = [record for record in RECORDS if record["step"] != 2]
             assert found in (RECORDS, without), bytes(damaged[second:third])
             if found == without:
