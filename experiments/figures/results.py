@@ -25,7 +25,8 @@ from experiments.figures.style import (
     style,
 )
 
-_BARS = {"accuracy": "accuracy", "weighted_precision": "precision", "weighted_recall": "recall", "weighted_f1": "F1"}
+_WEIGHTED = {f"weighted_{name.lower()}": f"weighted {name}" for name in ("precision", "recall", "F1")}
+_BARS = {"accuracy": "accuracy", **_WEIGHTED}
 _MOST_LABELLED, _MOST_NUMBERED = 30, 12  # classes whose names, and whose percentages, fit a confusion matrix
 _MOST_COLOURS = 20
 _LINES = (BLUE, ORANGE, GREEN, RED)
@@ -61,7 +62,7 @@ def save_bars(path: Path, metrics: Mapping[str, Mapping[str, Any]], titles: Mapp
     axes.set_xticks(range(len(names)), shown)
     axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
     figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
     save_figure(figure, path)
 

@@ -101,22 +101,22 @@ def _description(evaluator: Evaluator) -> dict[str, Any]:
 def table(metrics: Mapping[str, Any], few_shot: Sequence[Row]) -> str:
     """All classifiers, one per line: per cent, seconds and MiB."""
     lines = [
-        f"{'':23}{'test %':>7}  {'95 % interval':14}{'train %':>8}{'gap':>7}{'F1 %':>7}   {'fit s':>7}{'MiB':>7}"
-        f"   {'predict s':>9}{'MiB':>7}   selection"
+        f"{'':23}{'test %':>7}  {'95 % interval':14}{'train %':>8}{'gap':>7}{'weighted F1 %':>15}"
+        f"   {'fit s':>7}{'MiB':>7}   {'predict s':>9}{'MiB':>7}   selection"
     ]
     for name, one in metrics["classifiers"].items():
         test, train, (fitting, predicting) = one["test"], one["train"], metrics["cost"][name].values()
         low, high = (f"{100 * end:.2f}" for end in test["interval"]["accuracy"])
         lines.append(
             f"{one['title']:23}{100 * test['accuracy']:7.2f}  {f'{low} – {high}':14}{100 * train['accuracy']:8.2f}"
-            f"{100 * one['train_test_gap']:7.2f}{100 * test['weighted_f1']:7.2f}   {fitting['seconds']:7.1f}"
+            f"{100 * one['train_test_gap']:7.2f}{100 * test['weighted_f1']:15.2f}   {fitting['seconds']:7.1f}"
             f"{_mib(fitting)}   {predicting['seconds']:9.2f}{_mib(predicting)}   {_selection(one)}"
         )
     for row in few_shot:
         deviation = f"± {100 * row.deviation:.2f}" if row.deviation is not None else ""
         note = f"mean and deviation of {len(row.accuracies)} random draws"
-        lines.append(f"{probe_title(row.probe):23}{100 * row.accuracy:7.2f}  {deviation:14}{'':51}   {note}")
-    return "\n".join([*lines, f"{'features':23}{metrics['features_seconds']:53.1f}"])
+        lines.append(f"{probe_title(row.probe):23}{100 * row.accuracy:7.2f}  {deviation:14}{'':59}   {note}")
+    return "\n".join([*lines, f"{'features':23}{metrics['features_seconds']:61.1f}"])
 
 
 def _mib(cost: Mapping[str, float | None]) -> str:

@@ -9,6 +9,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 
 from experiments.data.splits import Split
 from experiments.probing import metrics as metrics_module
+from experiments.probing.classifier_report import table
 from experiments.probing.classifiers import Prediction
 from experiments.probing.metrics import compute_metrics, resample_metrics, top_accuracy, write_predictions
 
@@ -107,3 +108,15 @@ def test_every_prediction_is_written_by_name(tmp_path):
             ["train", "2", "b", "a", "0.500000"],
             ["test", "3", "b", "b", "0.900000"],
         ]
+
+
+def test_the_table_says_which_average_its_f1_is():
+    """The case counted by hand: 0.689 weighted by images, 0.656 over the three classes."""
+    found = compute_metrics(LABELS, prediction(CLASSES, 4), NAMES) | {"interval": {"accuracy": [0.5, 0.8]}}
+    one = {"title": "one", "test": found, "train": found, "train_test_gap": 0.0, "selection": "", "settings": {"k": 1}}
+    cost = {"fit": {"seconds": 1.0, "peak_mib": None}, "predict": {"seconds": 1.0, "peak_mib": None}}
+    metrics = {"classifiers": {"one": one | {"fit": {}}}, "cost": {"one": cost}, "features_seconds": 1.0}
+    header, row, _ = table(metrics, []).splitlines()
+    end = header.index("weighted F1 %") + len("weighted F1 %")
+    assert row[end - 5 : end] == f"{100 * found['weighted_f1']:.2f}" == "67.78"
+    assert f"{100 * found['macro_f1']:.2f}" != "67.78"
