@@ -1,8 +1,10 @@
 """The one place that opens images: formats by name, upright, RGB, in bounded memory, whatever is in the file."""
 
+import contextlib
 import io
 import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ _SAFE = (
     *("TIFF", "WEBP"),
 )
 Image.init()
+# Blocks above 32 MiB go back to the system at once; smaller ones of large images would stay with each thread.
+Image.core.set_block_size(2**26)
 FORMATS = tuple(name for name in _SAFE if name in Image.OPEN)
 SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
@@ -32,9 +36,29 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _LARGE_PIXELS = 2**25  # 33 megapixels: larger images are decoded one after the other, however many threads there are
-_ONE_LARGE = threading.Lock()
+_STRIP_PIXELS = 2**20
+_ONE_LARGE, _thread = threading.Lock(), threading.local()
 
 Pixels = UInt8[np.ndarray, "height width 3"]
+
+
+@contextlib.contextmanager
+def one_large_image() -> Iterator[None]:
+    """A block in which an image is decoded and used up: of several threads, only one at a time has a large image.
+
+    The first large image that is decoded in the block makes other threads wait with theirs until the block ends. Blocks
+    may be nested; `decode_rgb` is one by itself.
+    """
+    outermost = not getattr(_thread, "inside", False)
+    _thread.inside = True
+    try:
+        yield
+    finally:
+        if outermost:
+            _thread.inside = False
+            if getattr(_thread, "waited", False):
+                _thread.waited = False
+                _ONE_LARGE.release()
 
 
 def decode_rgb(file: Path | io.BytesIO, name: str, *, draft: int | None = None) -> Pixels:
@@ -55,13 +79,13 @@ def decode_rgb(file: Path | io.BytesIO, name: str, *, draft: int | None = None) 
     if isinstance(file, Path):
         _check_regular(file, name)
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        with one_large_image(), Image.open(file, formats=FORMATS) as image:
             if draft is not None and image.format == "JPEG":
                 image.draft(None, (draft, draft))
-            if image.width * image.height <= _LARGE_PIXELS:
-                return _rgb(image, name)
-            with _ONE_LARGE:
-                return _rgb(image, name)
+            if image.width * image.height > _LARGE_PIXELS and not getattr(_thread, "waited", False):
+                _ONE_LARGE.acquire()
+                _thread.waited = True
+            return _rgb(image, name)
     except UserError:
         raise
     except Exception as error:  # decoders raise whatever a damaged file makes them raise
@@ -98,7 +122,17 @@ def _rgb(image: Image.Image, name: str) -> Pixels:
         image = image.convert("RGB")
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
-    return np.asarray(image)
+    return np.asarray(image) if image.width * image.height <= _LARGE_PIXELS else _by_strips(image)
+
+
+def _by_strips(image: Image.Image) -> Pixels:
+    """The pixels without the second copy, in small pieces, that Pillow would make of the whole image."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = (0, top, image.width, min(top + rows, image.height))
+        pixels[top : strip[3]] = np.asarray(image.crop(strip))
+    return pixels
 
 
 def _orientation(image: Image.Image) -> int | None:

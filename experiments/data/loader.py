@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from experiments.data.decode import Pixels
+from experiments.data.decode import Pixels, one_large_image
 from experiments.data.splits import Split
 from experiments.data.squares import Square
 
@@ -80,7 +80,9 @@ def _batches(
 
     def load(place: int) -> tuple[Square, np.int32, np.int64, np.int32]:
         row = rows[place]
-        return prepare(split.read(int(row))), np.int32(split.labels[row]), row, ids[place]
+        with one_large_image():
+            image = prepare(split.read(int(row)))
+        return image, np.int32(split.labels[row]), row, ids[place]
 
     ahead = max(_BATCHES_AHEAD * batch_size, threads)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)

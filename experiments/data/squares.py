@@ -4,11 +4,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from experiments.data.decode import Pixels, decode_rgb
+from experiments.data.decode import Pixels, decode_rgb, one_large_image
 from experiments.data.splits import Split
 
 Square = UInt8[np.ndarray, "_side _side 3"]
 Resampling = Image.Resampling
+_LONGEST = 20  # times its shorter side
 
 
 def resize_square(image: Pixels, side: int, *, resample: Resampling = Resampling.BILINEAR) -> Square:
@@ -22,6 +23,9 @@ def resize_square(image: Pixels, side: int, *, resample: Resampling = Resampling
 def resize_centre_crop(image: Pixels, resize: int, crop: int, *, resample: Resampling = Resampling.BILINEAR) -> Square:
     """The central square of `crop` px after the shorter side was resized to `resize` px.
 
+    Of an image that is more than `_LONGEST` times as long as wide, only the part around the square is resized: one of
+    1 × 20,000 px would become 256 × 5,120,000 px. Its values differ by rounding, and where Pillow clips them.
+
     Raises:
         ValueError: the crop is larger than the shorter side, where torchvision would add black borders.
 
@@ -34,13 +38,19 @@ def resize_centre_crop(image: Pixels, resize: int, crop: int, *, resample: Resam
     shorter = min(height, width)
     resized = int(resize * height / shorter), int(resize * width / shorter)
     top, left = (round((side - crop) / 2) for side in resized)
-    pixels = np.asarray(Image.fromarray(image).resize(resized[::-1], resample))
-    return pixels[top : top + crop, left : left + crop]
+    if max(height, width) <= _LONGEST * shorter:
+        pixels = np.asarray(Image.fromarray(image).resize(resized[::-1], resample))
+        return pixels[top : top + crop, left : left + crop]
+    rows, columns = ((start * side / size, (start + crop) * side / size)
+                     for start, side, size in zip((top, left), (height, width), resized))  # fmt: skip
+    box = (columns[0], rows[0], columns[1], rows[1])
+    return np.asarray(Image.fromarray(image).resize((crop, crop), resample, box=box))
 
 
 def load_square(split: Split, index: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Image `index` of a split as models see it: the shorter side resized to `size` px (bicubic), centre crop."""
-    return resize_centre_crop(split.read(index), size, size, resample=Resampling.BICUBIC)
+    with one_large_image():
+        return resize_centre_crop(split.read(index), size, size, resample=Resampling.BICUBIC)
 
 
 def centre_cropped(split: Split, resize: int, size: int, *, interpolation: str = "bicubic") -> Split:
@@ -48,7 +58,8 @@ def centre_cropped(split: Split, resize: int, size: int, *, interpolation: str =
     resample = Resampling[interpolation.upper()]
 
     def read(index: int) -> Pixels:
-        return resize_centre_crop(split.read(index), resize, size, resample=resample)
+        with one_large_image():
+            return resize_centre_crop(split.read(index), resize, size, resample=resample)
 
     return split.changed(read, f"shorter side {resize} px {interpolation}, centre {size} px")
 

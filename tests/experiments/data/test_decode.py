@@ -3,12 +3,14 @@
 import io
 import os
 import re
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from dinojax import UserError
+from experiments.data import decode
 from experiments.data.decode import decode_rgb, image_size
 from tests.support.house import ROOT
 
@@ -122,6 +124,31 @@ def test_a_draft_is_at_least_as_large_as_asked():
     assert decode_rgb(encoded(image, "JPEG"), "image", draft=60).shape == (60, 60, 3)
     assert decode_rgb(encoded(image, "JPEG"), "image", draft=61).shape == (120, 120, 3)
     assert decode_rgb(encoded(image, "PNG"), "image", draft=60).shape == (240, 240, 3)
+
+
+def test_only_one_thread_at_a_time_has_a_large_image(monkeypatch):
+    """Also while it is used. Small images do not wait."""
+    monkeypatch.setattr(decode, "_LARGE_PIXELS", 10)
+    monkeypatch.setattr(decode, "_STRIP_PIXELS", 10)
+    large, done = encoded(Image.fromarray(RAMP), "PNG").getvalue(), threading.Event()
+    small = encoded(Image.fromarray(RAMP[:2]), "PNG").getvalue()
+
+    def second() -> None:
+        decode_rgb(io.BytesIO(large), "image")
+        done.set()
+
+    thread = threading.Thread(target=second)
+    with decode.one_large_image():
+        for _ in range(2):  # the same thread may take several
+            np.testing.assert_array_equal(decode_rgb(io.BytesIO(large), "image"), RAMP)
+        thread.start()
+        decode_rgb(io.BytesIO(small), "image")
+        assert not done.wait(0.2)
+    assert done.wait(10)
+    thread.join()
+    with pytest.raises(UserError), decode.one_large_image():
+        decode_rgb(io.BytesIO(large[:50]), "image")
+    second()  # the failure left nothing locked
 
 
 def test_nothing_else_opens_images():
