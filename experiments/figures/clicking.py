@@ -33,7 +33,7 @@ def await_click(figure: Figure, pixels: Pixels, title: str) -> tuple[int, int]:
     """
     axes = figure.subplots()
     axes.imshow(pixels, interpolation="nearest")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     found = figure.ginput(1, timeout=0)
     if not found:
         raise UserError("--click: the window was closed without a click; click on the image, or give --point X Y")

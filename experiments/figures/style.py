@@ -7,6 +7,7 @@ from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 INK, MUTED, GRID = "#22262b", "#6b7480", "#e4e7eb"
 BLUE, ORANGE, GREEN, RED = "#2f6db5", "#d9782d", "#2a8a57", "#c43c39"
@@ -37,6 +38,15 @@ def style(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG file."""
+    """Writes a PNG file, in whose texts a dollar sign is a dollar sign.
+
+    Matplotlib would take what is between two of them for mathematics, and refuse most names that hold them. Only the
+    numbers along a logarithmic axis are written so.
+    """
+    logarithmic = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"]
+    ticks = [tick for axis in logarithmic for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())]
+    powers = {text for tick in ticks for text in (tick.label1, tick.label2)}
+    for text in figure.findobj(Text):
+        text.set_parse_math(text in powers)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=_DPI)
