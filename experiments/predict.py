@@ -68,8 +68,7 @@ def run(config: Config) -> dict[str, "Prediction"]:
     Raises:
         UserError: images, a run or a classifier that does not exist, or a backbone that is not the run's.
     """
-    from experiments.figures.results import save_classified
-    from experiments.probing.classifiers import FINETUNED, TITLES, load_classifiers, read_index
+    from experiments.probing.classifiers import load_classifiers, read_index
     from experiments.runs import records
 
     check_bounds(config)
@@ -86,17 +85,10 @@ def run(config: Config) -> dict[str, "Prediction"]:
     with records.run_folder(out) as partial:
         features = _features(config, index, split)
         found = {classifier.name: classifier.predict(features) for classifier in classifiers}
-        class_names, titles = index["class_names"], TITLES | {FINETUNED: "fine-tuned"}
-        _write_csv(partial / "predictions.csv", split, found, class_names)
-        drawn = range(min(_DRAWN, len(split)))
-        labelled = [
-            [(titles[name], class_names[p.classes[i]], float(p.confidence[i])) for name, p in found.items()]
-            for i in drawn
-        ]
-        title = f"{index['weights']}{_untrained(index)}, {index['image_size']} px"
-        pictures = [split.read(i) for i in drawn]
-        save_classified(partial / "predictions.png", pictures, [split.ids[i] for i in drawn], labelled, title=title)
+        _write_csv(partial / "predictions.csv", split, found, index["class_names"])
         records.write_json(partial / records.CONFIG_FILE, flat(config))
+    with records.run_folder(out) as partial:
+        _draw(partial / "predictions.png", split, found, index)
     _print(split, found, index)
     for file in ("predictions.csv", "predictions.png"):
         print(f"  {out / file}")
@@ -141,13 +133,27 @@ def _features(config: Config, index: Mapping[str, Any], split: "Split") -> "Feat
 def _write_csv(path: Path, split: "Split", found: Mapping[str, "Prediction"], class_names: Sequence[str]) -> None:
     import csv
 
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(("file", "classifier", "class", "probability"))
         for i, name in enumerate(split.ids):
             for classifier, prediction in found.items():
                 shown = f"{prediction.confidence[i]:.6f}" if prediction.are_probabilities else ""
                 writer.writerow((name, classifier, class_names[prediction.classes[i]], shown))
+
+
+def _draw(path: Path, split: "Split", found: Mapping[str, "Prediction"], index: Mapping[str, Any]) -> None:
+    """Draws the first images with the class that each classifier predicts."""
+    from experiments.figures.results import save_classified
+    from experiments.probing.classifiers import FINETUNED, TITLES
+
+    class_names, titles = index["class_names"], TITLES | {FINETUNED: "fine-tuned"}
+    drawn = range(min(_DRAWN, len(split)))
+    labelled = [
+        [(titles[name], class_names[p.classes[i]], float(p.confidence[i])) for name, p in found.items()] for i in drawn
+    ]
+    title = f"{index['weights']}{_untrained(index)}, {index['image_size']} px"
+    save_classified(path, [split.read(i) for i in drawn], [split.ids[i] for i in drawn], labelled, title=title)
 
 
 def _print(split: "Split", found: Mapping[str, "Prediction"], index: Mapping[str, Any]) -> None:

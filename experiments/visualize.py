@@ -152,6 +152,8 @@ def _pictures(
     sizes: Mapping[Path, tuple[int, int]], image_size: int | None, point: tuple[int, int] | None, patch: int
 ) -> list[Picture]:
     """Each image as it is shown, under a name of its own."""
+    from experiments.data.files import readable_name
+
     pictures, taken = [], set()
     for file, (height, width) in sizes.items():
         shorter = min(height, width)
@@ -165,7 +167,8 @@ def _pictures(
         x, y = point or (0, 0)
         if not (0 <= x < size[1] and 0 <= y < size[0]):
             raise UserError(f"--point {x} {y} is outside {file}, which is shown at {size[1]}×{size[0]} px")
-        names = (file.stem if count == 1 else f"{file.stem}_{count}" for count in itertools.count(1))
+        stem = readable_name(file.stem)
+        names = (stem if count == 1 else f"{stem}_{count}" for count in itertools.count(1))
         name = next(name for name in names if name.casefold() not in taken)
         taken.add(name.casefold())
         pictures.append(Picture(name, file, resized, size))
@@ -175,9 +178,10 @@ def _pictures(
 def _point(picture: Picture, settings: MapSettings) -> tuple[int, int]:
     """x and y of a pixel in the patch that others are compared with."""
     if settings.click:
+        from experiments.data.files import readable_name
         from experiments.figures.clicking import clicked_point
 
-        return clicked_point(picture.read(), f"{picture.file.name}: click on the patch to compare with")
+        return clicked_point(picture.read(), f"{readable_name(picture.file.name)}: click on the patch to compare with")
     height, width = picture.size
     return settings.point or (width // 2, height // 2)
 
@@ -192,6 +196,7 @@ def _draw(
     about: str,
 ) -> None:
     """Draws the three figures of an image, and writes its arrays if asked to."""
+    from experiments.data.files import readable_name
     from experiments.figures import maps as map_figures
 
     height, width = picture.size
@@ -202,18 +207,22 @@ def _draw(
     pixels, note = picture.read(), f"{about}, {width}×{height} px, {columns}×{rows} patches"
     map_figures.save_attention(
         folder / f"{picture.name}_attention.png", pixels, found.attention,
-        title=f"Attention of the class token in the last block: {picture.file.name}", note=note,
+        title=f"Attention of the class token in the last block: {readable_name(picture.file.name)}", note=note,
     )  # fmt: skip
     headings = {
         f"attention of at least {settings.threshold:g} × the map's maximum": score,
         f"the patches that hold {100 * settings.mass:g} % of the map's attention": mass,
     }
     map_figures.save_masks(
-        folder / f"{picture.name}_mask.png", pixels, headings, title=f"Attention masks: {picture.file.name}", note=note
+        folder / f"{picture.name}_mask.png",
+        pixels,
+        headings,
+        title=f"Attention masks: {readable_name(picture.file.name)}",
+        note=note,
     )
     map_figures.save_similarity(
         folder / f"{picture.name}_similarity.png", pixels, similarity, (x, y),
-        title=f"Similarity to the patch at {x} {y}: {picture.file.name}", note=note,
+        title=f"Similarity to the patch at {x} {y}: {readable_name(picture.file.name)}", note=note,
     )  # fmt: skip
     if settings.save_arrays:
         arrays = {"attention": found.attention, "score_mask": score, "mass_mask": mass, "similarity": similarity}

@@ -48,16 +48,13 @@ class BestEpoch(NamedTuple):
 def finish(
     folder: Path, config: FinetuneConfig, task: Task, tuned: ImageClassifier, best: BestEpoch, dtype: str
 ) -> None:
-    """Writes everything about one mode; metrics.json comes last, and marks the mode as finished."""
+    """Writes everything about one mode; metrics.json marks it as finished. The figure comes after all results."""
     names, log = task.images.class_names, read_log(folder)
     splits, predictions, metrics = task.evaluated, {}, {}
     for split in splits:
         predictions[split.name] = _prediction(best.logits[split.name])
         metrics[split.name] = _metrics(split.labels, predictions[split.name], names, config.run.seed)
     write_predictions(folder / PREDICTIONS, [(split, predictions[split.name]) for split in splits], names)
-    last = splits[-1]  # the test images where there are some
-    title = f"{task.images.name}, {config.training.mode}: {len(last):,} {last.name} images"
-    save_confusion(folder / CONFUSION, np.array(metrics[last.name]["confusion"]), names, title=title)
     _save_model(folder, config, task, tuned, dtype)
     seconds = [record["seconds"] for record in log]
     document = {
@@ -85,16 +82,19 @@ def finish(
         "environment": records.environment(),
     }
     records.write_json(folder / records.METRICS_FILE, document)
+    last = splits[-1]  # the test images where there are some
+    title = f"{task.images.name}, {config.training.mode}: {len(last):,} {last.name} images"
+    save_confusion(folder / CONFUSION, np.array(metrics[last.name]["confusion"]), names, title=title)
 
 
 def report(out: Path) -> dict[str, dict[str, Any]]:
     """Writes the table, the curves and metrics.json of every mode that is finished; returns the metrics by mode."""
     finished = {mode: out / mode for mode in MODES if (out / mode / records.METRICS_FILE).is_file()}
     found = {mode: records.read_json(folder / records.METRICS_FILE) for mode, folder in finished.items()}
-    _save_curves(out / CURVES, {mode: read_log(folder) for mode, folder in finished.items()}, found)
     write_whole(out / records.METRICS_FILE, (json.dumps(found, indent=2) + "\n").encode())  # nothing relies on it
     text = table(found)
     write_whole(out / "results.md", f"{text}\n".encode())
+    _save_curves(out / CURVES, {mode: read_log(folder) for mode, folder in finished.items()}, found)
     print(f"\n{text}\n")
     if any(one["bias"] for one in found.values()):
         print(f"note: {_BIAS}")

@@ -14,7 +14,7 @@ from experiments.probing.fitting import ON_TEST
 from experiments.probing.metrics import compute_metrics, write_predictions
 from experiments.probing.pipeline import EvaluatedProbe, Row
 from experiments.probing.report import probe_title, save_fit_curves
-from experiments.probing.result import Evaluator, describe
+from experiments.probing.result import Evaluator, Reported, describe
 from experiments.runs import records
 from experiments.runs.measure import PEAK_MEMORY
 
@@ -22,8 +22,8 @@ _EXAMPLES = 16  # correct ones, and as many wrong ones
 _MAP_IMAGES = 3000
 
 
-def classifier_report(folder: Path, evaluator: Evaluator) -> tuple[Sequence[Row], str]:
-    """Evaluates the network and writes all files; returns the rows and the table to print."""
+def classifier_report(folder: Path, evaluator: Evaluator) -> Reported:
+    """Evaluates the network, and writes the results."""
     (found,) = evaluator.evaluations()
     config, dataset = evaluator.config, evaluator.dataset
     evaluator.write(folder, found.rows, {found.network: found.seconds})
@@ -49,12 +49,14 @@ def classifier_report(folder: Path, evaluator: Evaluator) -> tuple[Sequence[Row]
         "environment": records.environment(),
     }
     records.write_json(folder / records.METRICS_FILE, metrics)
-    if config.run.figures:
+
+    def draw_all(folder: Path) -> None:
         print("drawing the figures", flush=True)
         options = {"subject": evaluator.subject, "seed": config.run.seed}
         draw(folder, dataset, probes, metrics["classifiers"], **options)
         draw_map(folder, dataset, found.test_features, method=config.run.map, **options)
-    return found.rows, table(metrics, few_shot)
+
+    return Reported(found.rows, table(metrics, few_shot), draw_all)
 
 
 def _metrics(evaluated: EvaluatedProbe, dataset: Dataset, seed: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -145,21 +145,31 @@ def describe(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-Report = Callable[[Path, Evaluator], tuple[Sequence[Row], str]]
+class Reported(NamedTuple):
+    """The rows, the table to print, and what draws the figures into a folder."""
+
+    rows: Sequence[Row]
+    table: str
+    draw: Callable[[Path], None]
 
 
-def overview(folder: Path, evaluator: Evaluator) -> tuple[Sequence[Row], str]:
-    """Evaluates all networks, and writes the result and the figures; returns the rows and the table to print."""
+Report = Callable[[Path, Evaluator], Reported]
+
+
+def overview(folder: Path, evaluator: Evaluator) -> Reported:
+    """Evaluates all networks, and writes the result."""
     rows: list[Row] = []
     seconds = {}
     for found in evaluator.evaluations():
         rows += found.rows
         seconds[found.network] = found.seconds
     evaluator.write(folder, rows, seconds)
-    if evaluator.config.run.figures:
+
+    def draw(folder: Path) -> None:
         save_accuracies(folder / "accuracies.png", rows, title=evaluator.subject)
         save_probe_curves(folder, rows, evaluator.subject)
-    return rows, table(rows, len(evaluator.dataset.test), evaluator.folds)
+
+    return Reported(rows, table(rows, len(evaluator.dataset.test), evaluator.folds), draw)
 
 
 def run_evaluation(
@@ -170,14 +180,16 @@ def run_evaluation(
     folds: Sequence[Fold] | None = None,
     report: Report = overview,
 ) -> EvaluationResult:
-    """Evaluates all networks and writes the folder, whole or not at all. Computed features stay cached.
+    """Evaluates all networks and writes the folder: first all results, whole or not at all, then the figures.
+
+    Computed features stay cached.
 
     Args:
         config: the settings.
         dataset: images and labels.
         command: the command whose run this is.
         folds: the official ones; None is one fold of all training images.
-        report: what evaluates and writes the files; returns the rows and the table to print.
+        report: what evaluates, and writes the results.
 
     Raises:
         UserError: weights, data or settings that cannot be used.
@@ -187,7 +199,11 @@ def run_evaluation(
     with records.run_folder(out) as folder:
         evaluator = Evaluator(config, dataset, command, folds)
         evaluator.introduce()
-        rows, shown = report(folder, evaluator)
-        files = sorted(file.name for file in folder.iterdir())
-    print(f"\n{evaluator.subject}\n{shown}\n\n{listing(out, files)}")
-    return EvaluationResult(rows, out)
+        found = report(folder, evaluator)
+        files = {file.name for file in folder.iterdir()}
+    if config.run.figures:
+        with records.run_folder(out) as folder:
+            found.draw(folder)
+            files |= {file.name for file in folder.iterdir()}
+    print(f"\n{evaluator.subject}\n{found.table}\n\n{listing(out, sorted(files))}")
+    return EvaluationResult(found.rows, out)
