@@ -121,7 +121,7 @@ def test_what_cannot_be_written_for_pytorch_is_said(tmp_path, capsys):
     assert "exists; remove it" in refusal(capsys, folder, "--out", tmp_path / "mine.pth")
     for words in (("--num-heads", "2"), ("--which", "student")):
         assert "heads are known" in refusal(capsys, folder, "--out", tmp_path / "new.pth", *words)
-    assert "no dinov2_vits14" in refusal(capsys, folder, "--out", tmp_path / "new.pth", "--name", "dinov2_vits14")
+    assert "not a dinov2_vits14" in refusal(capsys, folder, "--out", tmp_path / "new.pth", "--name", "dinov2_vits14")
     assert "could not be written" in refusal(capsys, folder, "--out", tmp_path / "mine.pth" / "new.pth")
     assert sorted(tmp_path.rglob("*")) == before
 
