@@ -199,7 +199,7 @@ def _draw(
     from experiments.data.files import readable_name
     from experiments.figures import maps as map_figures
 
-    height, width = picture.size
+    name, (height, width) = readable_name(picture.file.name), picture.size
     rows, columns = found.features.shape[:2]
     x, y = point
     similarity = maps.patch_similarity(found.features, found.features[y * rows // height, x * columns // width])
@@ -207,7 +207,7 @@ def _draw(
     pixels, note = picture.read(), f"{about}, {width}×{height} px, {columns}×{rows} patches"
     map_figures.save_attention(
         folder / f"{picture.name}_attention.png", pixels, found.attention,
-        title=f"Attention of the class token in the last block: {readable_name(picture.file.name)}", note=note,
+        title=f"Attention of the class token in the last block: {name}", note=note,
     )  # fmt: skip
     headings = {
         f"attention of at least {settings.threshold:g} × the map's maximum": score,
@@ -217,12 +217,12 @@ def _draw(
         folder / f"{picture.name}_mask.png",
         pixels,
         headings,
-        title=f"Attention masks: {readable_name(picture.file.name)}",
+        title=f"Attention masks: {name}",
         note=note,
     )
     map_figures.save_similarity(
         folder / f"{picture.name}_similarity.png", pixels, similarity, (x, y),
-        title=f"Similarity to the patch at {x} {y}: {readable_name(picture.file.name)}", note=note,
+        title=f"Similarity to the patch at {x} {y}: {name}", note=note,
     )  # fmt: skip
     if settings.save_arrays:
         arrays = {"attention": found.attention, "score_mask": score, "mass_mask": mass, "similarity": similarity}

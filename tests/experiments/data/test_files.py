@@ -114,6 +114,16 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path):
     assert "cannot be read (File name too long): its images are left out" in found.notes[0]
 
 
+def test_names_that_are_not_utf_8_are_shown_as_escapes_and_read(folder):
+    place = os.fsencode(folder / "a") + b"/caf\xe9.png"
+    (folder / "b.png").rename(os.fsdecode(place))
+    split = split_of_files(folder, "train", {"cat": find_images(folder).files}, ["cat"])
+    row = split.ids.index("a/caf\\xe9.png")
+    assert split.read(row).shape == (3, 5, 3)
+    assert reduced(split, 8).read(row).shape == (3, 5, 3)
+    split.ids[row].encode()  # which tables, JSON and figures can hold
+
+
 def test_a_folder_without_images_tells_what_it_holds(tmp_path):
     (tmp_path / "1.heic").write_bytes(b"")
     with pytest.raises(UserError, match=r"\); left out 1 \.heic file: Pillow does not read it here"):
