@@ -1,9 +1,10 @@
-"""A batch in parts, one after the other: the same sums with less memory."""
+"""Sums that are carried on: over a batch in parts, one after the other, and over steps as a moving average."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Key, PyTree
 
 
@@ -20,6 +21,12 @@ def sum_over_parts(
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts), key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, (jnp.arange(len(jax.tree.leaves(parts)[0])), parts))[0]
+
+
+def moving_average(new: PyTree, old: PyTree, weight: Array | float) -> PyTree:
+    """weight · new + (1 - weight) · old, in the dtypes of `old` whatever that of `weight`."""
+    averaged = optax.incremental_update(new, old, weight)
+    return jax.tree.map(lambda x, before: x.astype(before.dtype), averaged, old)
 
 
 def part_size(batch: int, accumulation_steps: int) -> int:

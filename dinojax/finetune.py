@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Key, PyTree
 
-from dinojax.accumulation import part_size, sum_over_parts
+from dinojax.accumulation import moving_average, part_size, sum_over_parts
 from dinojax.errors import UserError, require
 from dinojax.models.chunks import images_in_cache, in_chunks
 from dinojax.models.layers import Linear, Module, torch_default_init
@@ -193,7 +193,8 @@ def weighted_cross_entropy(
     # Smoothing moves a share of each label to every class, with the weight of that class; the divisor keeps the weights
     # of the labels, as torch does.
     targets = jnp.where(labels[:, None] >= 0, optax.smooth_labels(one_hot, label_smoothing) * weights, 0)
-    return -jnp.sum(targets * jax.nn.log_softmax(logits)) / (jnp.sum(one_hot * weights) if total is None else total)
+    total = jnp.sum(one_hot * weights) if total is None else total.astype(logits.dtype)
+    return -jnp.sum(targets * jax.nn.log_softmax(logits)) / total
 
 
 class FinetuneState(NamedTuple):
@@ -321,7 +322,7 @@ def make_finetune_step(
             # The average of a short training would otherwise be dominated by its first steps.
             count = state.step.astype(float)
             decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
-            ema = optax.incremental_update(trainable, state.ema, 1 - decay)
+            ema = moving_average(trainable, state.ema, 1 - decay)
         accuracy = hits / jnp.sum(labels >= 0, dtype=loss.dtype)
         metrics = {"loss": loss, "accuracy": accuracy, "gradient_norm": gradient_norms(gradients, None)[0]}
         return FinetuneState(state.step + 1, trainable, opt_state, ema), metrics

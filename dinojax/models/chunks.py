@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from dinojax.errors import UserError
 from dinojax.models.vit import ViTConfig
 
 # Activations of one layer that stay in a CPU's cache, by measurement with ViT-S/14 at 224 px: 8 images.
@@ -35,8 +36,15 @@ def in_chunks(
         config: of the model that `function` runs.
         images: a chunk is the largest divisor of the batch that the cache holds.
         others: more inputs with one row an image, such as masks, or None.
+
+    Raises:
+        UserError: there are no images.
     """
-    batch, tokens = len(images), images.shape[1] * images.shape[2] // config.patch_size**2
+    batch, tokens = images.shape[0], images.shape[1] * images.shape[2] // config.patch_size**2
+    if not isinstance(batch, int):  # `jax.export` with a symbolic batch: its divisors are not known
+        return function(images, *others)
+    if batch == 0:
+        raise UserError("the batch is empty: one image or more was expected")
     most = min(batch, images_in_cache(tokens, config.embed_dim))
     chunk = max(size for size in range(1, most + 1) if batch % size == 0)
     if chunk == batch or jax.default_backend() != "cpu" or not isinstance(images, jax.core.Tracer):

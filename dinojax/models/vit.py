@@ -200,7 +200,7 @@ class VisionTransformer(Module):
             x = block(x)
             if index in wanted:
                 cls_token, _, patches = self._split(self.norm(x) if norm else x)
-                patches = patches.reshape(len(patches), rows, columns, -1) if reshape else patches
+                patches = patches.reshape(patches.shape[0], rows, columns, -1) if reshape else patches
                 outputs.append((patches, cls_token) if return_class_token else patches)
         return tuple(outputs)
 

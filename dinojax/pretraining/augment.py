@@ -123,8 +123,9 @@ def draw_box(
 
     Source: torchvision `RandomResizedCrop.get_params`.
     """
-    # Every function here draws all its numbers in one call, because random generators dominate the compile time.
-    draws = jax.random.uniform(key, (2 * _CROP_TRIES + 2,))
+    # Every function here draws all its numbers in one call, because random generators dominate the compile time; in
+    # float32, so that a view is the same where jax computes in 64 bits.
+    draws = jax.random.uniform(key, (2 * _CROP_TRIES + 2,), jnp.float32)
     area = height * width * (scale[0] + draws[:_CROP_TRIES] * (scale[1] - scale[0]))
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     aspect = jnp.exp(log_low + draws[_CROP_TRIES:-2] * (log_high - log_low))
@@ -160,9 +161,9 @@ def draw_jitter(
 
     Source: torchvision `ColorJitter.get_params`.
     """
-    draws = jax.random.uniform(key, (5,))
+    draws = jax.random.uniform(key, (5,), jnp.float32)
     center, spread = jnp.array([1, 1, 1, 0], jnp.float32), jnp.array(strength, jnp.float32)
-    low = jnp.maximum(center - spread, jnp.array([0, 0, 0, -0.5]))
+    low = jnp.maximum(center - spread, jnp.array([0, 0, 0, -0.5], jnp.float32))
     factors = low + draws[:4] * (center + spread - low)
     return factors, jnp.array(_ORDERS)[_whole_number(draws[4], len(_ORDERS))]
 
@@ -190,7 +191,7 @@ def draw_view(
 ) -> Views:
     """The parameters of one view of one image; `chances` are from `view_chances`."""
     box_key, jitter_key, chance_key = jax.random.split(key, 3)
-    draws = jax.random.uniform(chance_key, (6,))
+    draws = jax.random.uniform(chance_key, (6,), jnp.float32)
     flip, jitter, grayscale, blur, solarize = draws[:5] < chances
     factors, order = draw_jitter(jitter_key, config.jitter)
     low, high = config.blur_radius

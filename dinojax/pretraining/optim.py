@@ -44,7 +44,7 @@ def dino_optimizer(
         return optax.chain(
             clip_by_tensor_norm(clip_norm) if clip_norm else optax.identity(),
             optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-            optax.add_decayed_weights(lambda count: weight_decay(count + delay), mask=is_decayed),
+            _in_own_dtype(optax.add_decayed_weights(lambda count: weight_decay(count + delay), mask=is_decayed)),
             optax.scale_by_learning_rate(lambda count: learning_rate(count + delay)),
         )
 
@@ -81,6 +81,16 @@ def is_decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, param: _names(path)[-1] != "bias" and jnp.ndim(param) > 1, params
     )
+
+
+def _in_own_dtype(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Updates keep their dtypes: a schedule is a float64 number where jax computes in 64 bits."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        changed, state = transform.update(updates, state, params)
+        return jax.tree.map(lambda x, before: x.astype(before.dtype), changed, updates), state
+
+    return optax.GradientTransformation(transform.init, update)
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:

@@ -14,11 +14,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Key, PyTree, UInt8
 
-from dinojax.accumulation import part_size, sum_over_parts
+from dinojax.accumulation import moving_average, part_size, sum_over_parts
 from dinojax.models.chunks import in_chunks
 from dinojax.models.head import DINOHead
 from dinojax.models.layers import Module
 from dinojax.models.vit import VisionTransformer
+from dinojax.precision import at_least_float32
 from dinojax.pretraining.augment import MultiCropConfig, multi_crop
 from dinojax.pretraining.losses import dino_loss, dino_loss_in_chunks, entropy, teacher_probs, updated_center
 from dinojax.pretraining.monitors import feature_std, gradient_norms
@@ -162,7 +163,7 @@ def make_train_step(
             gradients, outcome = sum_over_parts(share_of, _split(crops, accumulation_steps), key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.student)
         student = optax.apply_updates(state.student, updates)
-        teacher = optax.incremental_update(student, state.teacher, 1 - teacher_momentum(state.step))
+        teacher = moving_average(student, state.teacher, 1 - teacher_momentum(state.step))
         center = updated_center(state.center, outcome.teacher_logits[None, None], center_momentum)
         gradient_norm, clipped_share = gradient_norms(gradients, clip_norm)
         metrics = {
@@ -197,7 +198,8 @@ def _make_gradients(
         return nnx.merge(graphdef, parameters)
 
     def gradients_of(state: TrainState, crops: Sequence[Crops], key: Array | None) -> tuple[PyTree, BatchStatistics]:
-        teacher, temperature = network(state.teacher), teacher_temp(state.step)
+        teacher = network(state.teacher)
+        temperature = jnp.asarray(teacher_temp(state.step), at_least_float32(state.center.dtype))
         features = teacher.features(crops[:1])
 
         def whole(student: PyTree) -> tuple[Array, tuple[Array, Array]]:

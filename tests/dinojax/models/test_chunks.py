@@ -1,10 +1,11 @@
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from dinojax import VisionTransformer, ViTConfig
+from dinojax import UserError, VisionTransformer, ViTConfig
 from dinojax.models import chunks
 from dinojax.models.chunks import images_in_cache, in_chunks
 
@@ -67,3 +68,18 @@ def test_the_model_alone_runs_the_whole_batch_at_once(monkeypatch):
 def test_the_cache_holds_eight_images_of_a_vit_s_14_at_224_px():
     assert images_in_cache(257, 384) == 8
     assert images_in_cache(10**9, 384) == 1
+
+
+def test_an_empty_batch_is_one_sentence():
+    with pytest.raises(UserError, match="the batch is empty: one image or more was expected"):
+        in_chunks(VisionTransformer(CONFIG, rngs=nnx.Rngs(0)), CONFIG, np.zeros((0, 32, 32, 3), np.float32))
+
+
+def test_one_export_serves_every_batch():
+    model = VisionTransformer(CONFIG, rngs=nnx.Rngs(0))
+    (batch,) = jax.export.symbolic_shape("batch")
+    forward = jax.jit(lambda images: in_chunks(model, CONFIG, images).cls_token)
+    exported = jax.export.export(forward)(jax.ShapeDtypeStruct((batch, 32, 32, 3), np.float32))
+    for count in (1, 5):
+        images = np.random.default_rng(count).normal(size=(count, 32, 32, 3)).astype(np.float32)
+        np.testing.assert_allclose(exported.call(images), model(images).cls_token, atol=1e-5)
