@@ -23,7 +23,7 @@ class Dtype:
 
 def number(dtype: Dtype, data: bytes) -> np.generic:
     """Stands for numpy's constructor of scalars; its own reads objects too."""
-    kind = np.dtype(dtype.code).newbyteorder(dtype.order)
+    kind = np.dtype(f"{dtype.order}{dtype.code}")
     if kind.kind not in "biufc":
         raise ValueError(f"a numpy scalar of {dtype.code}")
     return np.frombuffer(data, kind, count=1)[0]
