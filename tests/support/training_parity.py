@@ -1,10 +1,13 @@
 """Six steps of DINO beside a reference file: the trajectory, and which parts differ by too much."""
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from converters import from_torch, head_from_torch
@@ -13,17 +16,21 @@ from dinojax import ViTConfig
 from dinojax.pretraining.optim import dino_optimizer
 from dinojax.pretraining.schedules import cosine_schedule, teacher_temp_schedule
 from dinojax.pretraining.step import DINO, init_state, make_train_step
-from tests.support.reference_files import Reference
+from tests.support.reference_files import Reference, read
 
 PLAIN, CLIPPING = "dino_v1_training_6_steps", "dino_v1_training_6_steps_clipping"
 
 
 # Largest absolute differences; the float32 ones are the reference's own. The gradient of the key part of `qkv.bias` is
-# zero in exact arithmetic, and AdamW turns what rounding leaves of it into real steps: it is compared apart.
+# zero in exact arithmetic, and AdamW turns what rounding leaves of it into real steps: it is compared apart. So it does
+# with a handful of single elements, which `ill_conditioned` finds and float32 leaves out; float64 compares everything.
 TOLERANCES = {
-    "float32": {"loss": 2e-5, "center": 1e-6, "student": 1e-5, "teacher": 2e-6, "key_bias": 1e-2},
+    "float32": {"loss": 2e-5, "center": 1e-6, "student": 2e-6, "teacher": 1e-6, "key_bias": 1e-2},
     "float64": {"loss": 1e-12, "center": 1e-7, "student": 1e-7, "teacher": 1e-7, "key_bias": 1e-7},
 }
+
+
+ILL_CONDITIONED = 3e-4  # of `rounding_of_updates`; what it estimates is hundreds of times what is observed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Trajectory:
     centers: list[np.ndarray]
     student: dict[str, np.ndarray]
     teacher: dict[str, np.ndarray]
+    gradients: list[dict[str, np.ndarray]]
 
 
 def network(reference: Reference, group: str, dtype: type) -> DINO:
@@ -95,6 +103,7 @@ def train(reference: Reference, dtype: type) -> Trajectory:
         freeze_last_layer_steps=config["freeze_last_layer"] * config["steps_per_epoch"],
         frozen=("weight_g",) if config["norm_last_layer"] else (),
     )
+    optimizer = _keeping_gradients(optimizer)
     step = jax.jit(
         make_train_step(
             model,
@@ -106,17 +115,62 @@ def train(reference: Reference, dtype: type) -> Trajectory:
         )
     )
     state = init_state(model, optimizer)
-    losses, centers = [], []
+    losses, centers, gradients = [], [], []
     for index in range(len(reference.arrays["out/loss"])):
         state, metrics = step(state, crops_of_step(reference, index, dtype))
         losses.append(float(metrics["loss"]))
         centers.append(np.asarray(state.center))
+        gradients.append(to_torch(nnx.merge(nnx.graphdef(model), state.opt_state[1])))
     student, teacher = (to_torch(nnx.merge(nnx.graphdef(model), part)) for part in (state.student, state.teacher))
-    return Trajectory(losses, centers, student, teacher)
+    return Trajectory(losses, centers, student, teacher, gradients)
 
 
-def differences(reference: Reference, found: Trajectory) -> dict[str, float]:
-    """Largest absolute difference of each kind."""
+def _keeping_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same updates; the state holds the last gradients too."""
+
+    def update(gradients, state, params=None):
+        updates, inner = optimizer.update(gradients, state[0], params)
+        return updates, (inner, gradients)
+
+    return optax.GradientTransformation(lambda params: (optimizer.init(params), params), update)
+
+
+def rounding_of_updates(reference: Reference, gradients: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What float32 does to each parameter through AdamW, estimated from the float64 gradients of all steps.
+
+    A gradient is exact to about 2⁻²³ of the largest in its tensor. AdamW divides it by the root of the mean square of
+    the element's own gradients so far, so that an element whose gradients are nearly zero moves by what rounding left.
+    """
+    config = reference.config
+    rates = [float(schedules(reference)["lr"](step)) for step in range(len(gradients))]
+    estimates = {}
+    for name in gradients[0]:
+        first = config["freeze_last_layer"] * config["steps_per_epoch"] if "last_layer" in name else 0
+        squares, estimate = 0.0, 0.0
+        for count, step in enumerate(range(first, len(gradients)), start=1):
+            gradient = gradients[step][name]
+            squares = squares + gradient**2
+            largest = np.abs(gradient).max()
+            estimate = estimate + rates[step] * 2.0**-23 * largest / (np.sqrt(squares / count) + 1e-8)
+        estimates[name] = np.broadcast_to(estimate, gradients[0][name].shape)
+    return estimates
+
+
+@functools.cache
+def ill_conditioned(name: str) -> dict[str, np.ndarray]:
+    """A mask for each parameter of a reference: the elements whose update float32 cannot compute."""
+    reference = read(name)
+    with jax.enable_x64(True):
+        estimates = rounding_of_updates(reference, train(reference, np.float64).gradients)
+    # The key part of `qkv.bias` is compared apart, and frozen lengths do not move.
+    apart = ("attn.qkv.bias", "weight_g")
+    return {key: (found > ILL_CONDITIONED) & (not key.endswith(apart)) for key, found in estimates.items()}
+
+
+def differences(
+    reference: Reference, found: Trajectory, left_out: Mapping[str, np.ndarray] | None = None
+) -> dict[str, float]:
+    """Largest absolute difference of each kind, without the elements `left_out`."""
     expected = reference.arrays
     result = {
         "loss": np.abs(np.array(found.losses) - expected["out/loss"]).max(),
@@ -130,6 +184,8 @@ def differences(reference: Reference, found: Trajectory) -> dict[str, float]:
         result[which] = 0.0
         for name, array in state.items():
             difference = np.abs(ours[name] - array)
+            if left_out is not None:
+                difference = np.where(left_out[name], 0, difference)
             if name.endswith("attn.qkv.bias"):
                 query, key, value = np.split(difference, 3)
                 result["key_bias"] = max(result["key_bias"], key.max())

@@ -9,7 +9,15 @@ from flax import nnx
 from converters.torch_to_flax import to_torch
 from dinojax.pretraining.step import init_state, make_train_step
 from tests.support.reference_files import names, read
-from tests.support.training_parity import crops_of_step, differences, network, schedules, too_large, train
+from tests.support.training_parity import (
+    crops_of_step,
+    differences,
+    ill_conditioned,
+    network,
+    schedules,
+    too_large,
+    train,
+)
 
 RUNS = names("dino_v1_training_6_steps*")
 
@@ -18,9 +26,15 @@ RUNS = names("dino_v1_training_6_steps*")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", RUNS)
 def test_six_steps_equal_the_official_ones(name, dtype, record_difference):
+    """In float32 without the few elements whose update is ill-conditioned, by their float64 gradients."""
     reference = read(name)
+    left_out = ill_conditioned(name) if dtype == "float32" else None
     with jax.enable_x64(dtype == "float64"):
-        found = differences(reference, train(reference, np.dtype(dtype).type))
+        found = differences(reference, train(reference, np.dtype(dtype).type), left_out)
+    if left_out is not None:
+        count, total = (sum(f(mask) for mask in left_out.values()) for f in (np.count_nonzero, np.size))
+        record_difference(f"{name} ({count} of {total:,} elements left out)", "elements", count)
+        assert 1 <= count <= 8
     for kind, difference in found.items():
         record_difference(f"{name} (official code, {dtype})", kind, difference)
     assert not too_large(found, dtype)
