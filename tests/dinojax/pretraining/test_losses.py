@@ -78,7 +78,7 @@ def test_the_loss_is_the_double_loop_over_pairs(global_crops, crops):
 @pytest.mark.parametrize(("global_crops", "crops"), COUNTS)
 def test_the_loss_in_chunks_is_the_double_loop_over_pairs(global_crops, crops, chunk):
     def plain(student, weight, teacher, center):
-        probs = jax.nn.softmax((teacher @ weight.T - center) / 0.05, axis=-1)
+        probs = jax.nn.softmax((teacher @ weight.T - center[None, None]) / 0.05, axis=-1)
         probs = jax.lax.stop_gradient(probs)
         return double_loop(student @ weight.T, probs), -(probs * jnp.log(probs)).sum(-1).mean()
 

@@ -109,5 +109,5 @@ def test_few_shot_draws_so_many_of_every_class():
 
 def test_an_unknown_few_shot_method_is_named(separated):
     features, labels = separated[0][:, 0], separated[1]
-    with pytest.raises(UserError, match="'svc' is none of the few-shot methods 1nn, knn, linear"):
+    with pytest.raises(UserError, match="method='svc' is not one of 1nn, knn, linear"):
         probe.few_shot(features, labels, features, labels, num_classes=CLASSES, methods=("1nn", "svc"))
