@@ -162,7 +162,8 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
         self.wait()
         scores = self._scores()
         best = sorted(scores, key=lambda step: (scores[step], step), reverse=True)
-        return self._first_sound([*best, *(step for step in reversed(self.steps) if step not in scores)], like)
+        others = [step for step in reversed(self.steps) if step not in scores] if best else []
+        return self._first_sound([*best, *others], like)
 
     def _first_sound(self, steps: Iterable[int], like: PyTree) -> Restored | None:
         skipped = []
