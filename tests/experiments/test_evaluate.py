@@ -275,7 +275,7 @@ def test_a_backbone_brings_its_size_and_a_single_model_its_name(run, tmp_path):
         ("missing.pth", [], "missing.pth: there is no such file or folder of weights"),
         ("plain", [], "plain holds no weights: model.safetensors or pytorch_model.bin was expected in it"),
         ("resnet.safetensors", [], "resnet.safetensors: "),
-        ("other", [], "these weights do not fit the model in"),
+        ("other", [], "is damaged or was edited"),
         ("run", ["--data", "plain"], "plain is empty: images belong in train/<class>/"),
         ("run", ["--data", "unlabelled"], "train holds no class folders, only 1.png: images belong in train/<class>/"),
         ("run", ["--out", "run"], "--out run is the run folder of a training; name a new folder"),

@@ -167,6 +167,7 @@ def test_a_full_disk_anywhere_is_one_sentence(capsys):
 
 
 STOPPED = """
+import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background ignores it
 import pathlib, sys, time
 from dinojax.commands import exit_on_user_error
 from experiments.runs.records import run_folder
