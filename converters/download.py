@@ -1,7 +1,6 @@
 """Downloads of one file over HTTP: resumable, verified, and in place only when complete."""
 
 import errno
-import hashlib
 import http.client
 import shutil
 import urllib.error
@@ -9,6 +8,7 @@ import urllib.request
 from http.client import HTTPResponse
 from pathlib import Path
 
+from dinojax.documents import sha256_of_file
 from dinojax.errors import UserError
 
 SILENCE_SECONDS = 15.0  # how long a server may say nothing
@@ -148,15 +148,9 @@ def _verify(partial: Path, url: str, size: int | None, sha256: str | None) -> No
     problem = None
     if size is not None and partial.stat().st_size != size:
         problem = f"{partial.stat().st_size} bytes arrived, but {size} were expected"
-    elif sha256 is not None and (digest := sha256_of(partial)) != sha256:
+    elif sha256 is not None and (digest := sha256_of_file(partial)) != sha256:
         problem = f"its SHA-256 is {digest[:12]}…, but {sha256[:12]}… is on record"
     if problem:
         partial.unlink()
         _version_file(partial).unlink(missing_ok=True)
         raise UserError(f"{url} arrived damaged or is another file ({problem}); it was removed, run the command again")
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from converters.cache import cache_folder
-from converters.download import download, raise_unless_room, sha256_of
+from converters.download import download, raise_unless_room
 from converters.hugging_face import num_heads_beside, preprocessing_beside, raise_unless_computed
 from converters.layouts import left_out
 from converters.sources import HOST, SOURCES
 from converters.state_dicts import import_torch, read_state_dict
 from converters.torch_to_flax import from_torch
+from dinojax.documents import sha256_of_file
 from dinojax.errors import UserError
 from dinojax.models.files import is_model_folder, load, named_parameters, save, shipped_folder
 from dinojax.models.variants import VARIANTS
@@ -167,7 +168,7 @@ def describe(file: Path, name: str | None = None) -> dict[str, Any]:
     source = SOURCES.get(name) if name else None
     description: dict[str, Any] = {"file": file.name, **({} if source else preprocessing_beside(file))}
     if file.is_file():
-        description |= {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        description |= {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
     if source:
         description |= {"name": name, "url": source.url, "license": source.license}
     return description

@@ -11,7 +11,6 @@ in pyproject.toml because the layout of its files is read here.
 
 import concurrent.futures
 import contextlib
-import hashlib
 import json
 import math
 import shutil
@@ -23,6 +22,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from dinojax.documents import sha256_of_array, sha256_of_json
 from dinojax.errors import UserError, require
 
 _STEP = "step_"
@@ -192,7 +192,7 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
     def _manifest(self, step: int) -> dict[str, Any]:
         try:
             manifest = json.loads((self._path(step) / "manifest" / "metadata").read_text())
-            written = manifest.pop("sha256") == _sha256_of_json(manifest) and manifest["step"] == step
+            written = manifest.pop("sha256") == sha256_of_json(manifest) and manifest["step"] == step
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise _DamagedError(f"its manifest cannot be read ({type(error).__name__})") from error
         if not written:
@@ -230,7 +230,7 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
                 array = tensorstore.open(spec, context=context, open=True, read=True).result().read().result()
             except Exception as error:
                 raise _DamagedError(f"{name} cannot be read ({str(error).partition(':')[0]})") from error
-            if _sha256_of_array(array) != manifest["leaves"][name]["sha256"]:
+            if sha256_of_array(array) != manifest["leaves"][name]["sha256"]:
                 raise _DamagedError(f"{name} is not what was written (its SHA-256 differs)")
             return array
 
@@ -267,8 +267,8 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
         import orbax.checkpoint as ocp
 
         for name, array in arrays.items():
-            manifest["leaves"][name]["sha256"] = _sha256_of_array(array)
-        manifest["sha256"] = _sha256_of_json(manifest)
+            manifest["leaves"][name]["sha256"] = sha256_of_array(array)
+        manifest["sha256"] = sha256_of_json(manifest)
         # Compression takes seconds to save 8 % of trained weights; the format is the one `_verified_arrays` reads.
         state_handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
         handler = ocp.CompositeCheckpointHandler(state=state_handler, manifest=ocp.JsonCheckpointHandler())
@@ -348,13 +348,3 @@ def _placed(array: np.ndarray, description: Mapping[str, Any], like: Any) -> jax
     if placed.dtype != like.dtype:
         raise UserError(f"the checkpoint is in {like.dtype}, which JAX makes {placed.dtype}; set JAX_ENABLE_X64=1")
     return placed
-
-
-def _sha256_of_array(array: np.ndarray) -> str:
-    digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _sha256_of_json(document: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

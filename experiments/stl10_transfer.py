@@ -19,6 +19,7 @@ from typing import Annotated
 import numpy as np
 
 from dinojax.commands import exit_on_user_error
+from dinojax.documents import sha256_of_file
 from dinojax.errors import UserError
 from experiments.data.splits import Dataset, Split, digest
 from experiments.probing.config import EvaluationConfig
@@ -120,8 +121,7 @@ def read_binary(folder: Path, split: str) -> Split:
     try:
         labels = np.fromfile(paths[1], np.uint8).astype(np.int64) - 1
         pixels = np.memmap(paths[0], np.uint8, "r").reshape(len(labels), 3, _SIDE, _SIDE)  # the columns come first
-        with paths[0].open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
+        content = sha256_of_file(paths[0])
     except (OSError, ValueError) as error:
         raise UserError(
             f"{paths[0]} and {paths[1].name} are not complete STL-10 files ({error}); get them from {_OFFICIAL}"

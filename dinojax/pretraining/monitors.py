@@ -42,7 +42,7 @@ def gradient_norms(gradients: Any, clip_norm: float | None) -> tuple[Float[Array
 
 
 def diagnose_collapse(loss: float, feature_std: float, prototypes: int) -> str | None:
-    """A sentence that describes a collapse and what to do about it, or None if there is no sign of one.
+    """A sentence that describes a collapse and what to do about it, or None without signs of one.
 
     Use it after the warm-up, on means over some steps: at the start every loss is near log K.
 

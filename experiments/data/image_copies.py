@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dinojax.documents import sha256_of_file
 from dinojax.errors import UserError
 from experiments.data.splits import Split
 
@@ -57,7 +58,7 @@ def _same_content(paths: Sequence[Path]) -> list[list[int]]:
     have the same size.
     """
     marks, left, groups = [()] * len(paths), range(len(paths)), []
-    for mark in (lambda path: path.stat().st_size, _middle, _sha256):
+    for mark in (lambda path: path.stat().st_size, _middle, sha256_of_file):
         alike = defaultdict(list)
         for i in tqdm(left, "looking for copies", unit="file", dynamic_ncols=True, leave=False, delay=1):
             try:
@@ -74,8 +75,3 @@ def _middle(path: Path) -> bytes:
     with path.open("rb") as file:
         file.seek(file.seek(0, os.SEEK_END) // 2)
         return hashlib.sha256(file.read(_MIDDLE_BYTES)).digest()
-
-
-def _sha256(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

@@ -11,7 +11,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from converters.download import download, raise_unless_room, sha256_of
+from converters.download import download, raise_unless_room
+from dinojax.documents import sha256_of_file
 from dinojax.errors import UserError
 from experiments.data.splits import Dataset
 from experiments.data.tfds import read_prepared
@@ -48,7 +49,7 @@ def fetch(root: Path) -> Path:
                 f"--data {NAME} is not in {root}, and its download failed: {error}; download {ARCHIVE.url} elsewhere "
                 f"and put it into {root}, or extract it and pass its folder as --data"
             ) from error
-    if (digest := sha256_of(zipped)) != ARCHIVE.sha256:
+    if (digest := sha256_of_file(zipped)) != ARCHIVE.sha256:
         raise UserError(
             f"{zipped} is damaged or not the official file (its SHA-256 is {digest[:12]}…, not "
             f"{ARCHIVE.sha256[:12]}…); remove it, and the same command downloads it again, or extract it and pass its "

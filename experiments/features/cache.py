@@ -10,7 +10,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save
 
-from dinojax.documents import write_whole
+from dinojax.documents import sha256_of_array, write_whole
 from dinojax.errors import UserError
 
 _NAME = "features"
@@ -35,7 +35,7 @@ class ShardCache:
         if array.dtype != np.float32 or array.shape != shape:
             return None
         # Releases before 0.2 left type and shape out of the hash; both are checked above.
-        return array if sha256 in (_sha256(array), hashlib.sha256(array.data).hexdigest()) else None
+        return array if sha256 in (sha256_of_array(array), hashlib.sha256(array.data).hexdigest()) else None
 
     def write(self, shard: int, array: np.ndarray) -> None:
         """Adds or replaces a shard.
@@ -47,7 +47,7 @@ class ShardCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / META_FILE).exists():
                 write_whole(self.folder / META_FILE, (json.dumps(self.description, indent=2) + "\n").encode())
-            write_whole(self._path(shard), save({_NAME: array}, metadata={"sha256": _sha256(array)}))
+            write_whole(self._path(shard), save({_NAME: array}, metadata={"sha256": sha256_of_array(array)}))
         except OSError as error:
             raise UserError(
                 f"cannot cache features in {self.folder} ({error.strerror}); free some space, or pass --cache-dir"
@@ -55,9 +55,3 @@ class ShardCache:
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:05}.safetensors"
-
-
-def _sha256(array: np.ndarray) -> str:
-    sha256 = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-    sha256.update(np.ascontiguousarray(array).data)
-    return sha256.hexdigest()

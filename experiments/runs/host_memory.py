@@ -10,7 +10,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 def keep_freed_memory() -> None:
     """Tells glibc's malloc to keep what is freed; without glibc it does nothing.
 
-    On a CPU every call of a compiled program allocates its buffers anew. glibc asks the kernel for blocks of that size
+    On a CPU every call of a compiled program allocates its buffers again. glibc asks the kernel for blocks of that size
     and gives them back, so that pages are fetched and zeroed in each training step. With this two cores took DINO's
     step of ViT-Ti/4 (2×32 + 8×16 px, batch 16) from 11.5 to 18 images a second, and one of supervised ViT-S/14 (224 px,
     batch 8) from 1.57 to 1.37 seconds; the step of the `cpu` recipe, in parts that need little memory,

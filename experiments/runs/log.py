@@ -2,12 +2,12 @@
 
 import contextlib
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dinojax.documents import write_whole
 from dinojax.errors import UserError
 
 LOG_FILE = "metrics.jsonl"
@@ -34,11 +34,11 @@ class RunLog(contextlib.AbstractContextManager):
         records, damaged = _read(self.path)
         with _said(self.path):
             if damaged:
+                numbers = ", ".join(map(str, damaged))
+                print(f"note: damaged lines of {self.path} move to {DAMAGED_FILE}: {numbers}", flush=True)
                 with (folder / DAMAGED_FILE).open("ab") as file:
                     file.write(b"".join(line + b"\n" for line in damaged.values()))
-            partial = self.path.with_name(f".{LOG_FILE}")
-            partial.write_text("".join(_line(record) for record in records if record["step"] <= step))
-            partial.replace(self.path)
+            write_whole(self.path, "".join(_line(record) for record in records if record["step"] <= step).encode())
             self._file = self.path.open("a", buffering=1)
 
     def __exit__(self, *_: object) -> None:
@@ -59,11 +59,6 @@ class RunLog(contextlib.AbstractContextManager):
             for name, value in record.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, record["step"])
-
-    def flush(self) -> None:
-        """Returns when every line is on the disk."""
-        with _said(self.path):
-            os.fsync(self._file.fileno())
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ def upstream(name: str):
     return torch.hub.load(REPOSITORIES[family], name, trust_repo=True, skip_validation=True, verbose=False).eval()
 
 
-@pytest.mark.filterwarnings("ignore:xFormers")  # upstream's notice that it goes on without it
+@pytest.mark.filterwarnings("ignore:xFormers")  # upstream's notice that it works without it
 @pytest.mark.parametrize("name", SMALL)
 def test_features_equal_those_of_upstream(internet, tmp_path_factory, name):
     model = load_pretrained(name, cache_dir=tmp_path_factory.getbasetemp() / "official")

@@ -30,7 +30,7 @@ from experiments.pretraining.loop import pretrain
 from experiments.pretraining.online import make_embed
 from experiments.pretraining.program import is_sound, make_networks, make_program
 from experiments.runs.lock import RunLock
-from experiments.runs.log import RunLog, read_log
+from experiments.runs.log import read_log
 from experiments.runs.settings import create, replace
 
 ROOT = Path(__file__).parents[2]
@@ -346,23 +346,6 @@ def test_embedding_resizes_as_pillow_and_normalises():
     pixels = (small / 255 - np.array(TINY.crops.mean)) / np.array(TINY.crops.std)
     expected = model(pixels.astype(np.float32)).cls_token
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
-
-
-def test_a_log_forgets_later_steps_and_a_line_that_was_cut_off(tmp_path):
-    with RunLog(tmp_path, 0, tensorboard=False) as log:
-        for step in (2, 4, 6):
-            log.write({"step": step, "loss": 1.0})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "lo')
-    with RunLog(tmp_path, 4, tensorboard=False) as log:
-        log.write({"step": 5, "loss": 2.0})
-    assert [record["step"] for record in read_log(tmp_path)] == [2, 4, 5]
-
-
-def test_tensorboard_without_its_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(UserError, match="--tensorboard needs a package"):
-        RunLog(tmp_path, 0, tensorboard=True)
 
 
 @pytest.mark.parametrize("module", [dino_cifar100, dino_tinyimagenet])

@@ -64,7 +64,7 @@ def test_shuffled_labels_score_at_chance(separated, name):
         return int(np.sum(CLASSIFIERS[name](train, heldout, test[0]) == test[1]))
 
     assert hits(labels) > 0.95 * TEST
-    # All labels are drawn anew, so that each hit is a coin of 1/4 whatever was learned: two-sided 1 in 10,000.
+    # All labels are drawn again, so that each hit is a coin of 1/4 whatever was learned: two-sided 1 in 10,000.
     low, high = binom.ppf([0.5e-4, 1 - 0.5e-4], TEST, 1 / CLASSES)
     assert low <= hits(np.random.default_rng(1).integers(0, CLASSES, len(labels))) <= high
 

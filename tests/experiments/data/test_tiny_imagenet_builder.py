@@ -5,8 +5,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from converters.download import sha256_of
 from dinojax import UserError
+from dinojax.documents import sha256_of_file
 from experiments.data.load import load_dataset
 from experiments.data.tiny_imagenet import Archive
 from tests.support.http_files import serving
@@ -43,7 +43,7 @@ def data_dir(tmp_path):
 
 
 def publish(monkeypatch, path, url):
-    archive = Archive(url, path.stat().st_size, sha256_of(path))
+    archive = Archive(url, path.stat().st_size, sha256_of_file(path))
     monkeypatch.setattr(tiny_imagenet_builder, "ARCHIVE", archive)
 
 

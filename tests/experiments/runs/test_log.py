@@ -5,6 +5,9 @@ import math
 import subprocess
 import sys
 
+import pytest
+
+from dinojax import UserError
 from experiments.runs.log import DAMAGED_FILE, LOG_FILE, RunLog, damaged_lines, read_log
 
 RECORDS = [{"step": step, "loss": 1 / (step + 3), "collapse": "no: é"} for step in range(1, 6)]
@@ -84,3 +87,20 @@ def test_a_log_that_cannot_grow_is_said_in_one_sentence_and_stays_whole(tmp_path
     assert [record["step"] for record in read_log(tmp_path)] == list(range(len(read_log(tmp_path))))
     assert 3 < len(read_log(tmp_path)) < 10
     assert damaged_lines(tmp_path) == []
+
+
+def test_a_log_forgets_later_steps_and_a_line_that_was_cut_off(tmp_path):
+    with RunLog(tmp_path, 0, tensorboard=False) as log:
+        for step in (2, 4, 6):
+            log.write({"step": step, "loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    with RunLog(tmp_path, 4, tensorboard=False) as log:
+        log.write({"step": 5, "loss": 2.0})
+    assert [record["step"] for record in read_log(tmp_path)] == [2, 4, 5]
+
+
+def test_tensorboard_without_its_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UserError, match="--tensorboard needs a package"):
+        RunLog(tmp_path, 0, tensorboard=True)
