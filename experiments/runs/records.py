@@ -109,20 +109,18 @@ def open_run(
     """
     if folder.is_file():
         raise UserError(f"--out {folder} is a file; name a folder")
-    found = _holdings(folder)
-    if found and not (folder / CONFIG_FILE).is_file():
+    if _holdings(folder) and not (folder / CONFIG_FILE).is_file():
         raise UserError(f"--out {folder} holds other files; name a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written ({error.strerror}); name another folder") from error
     with RunLock(folder):
-        if found - {CONFIG_FILE, DATA_FILE}:
-            if not other_settings:
-                _check_settings(folder, config)
-            data = _checked_data(folder, data, accept_changed_data)
-        write_json(folder / DATA_FILE, data)
-        if other_settings or not found - {CONFIG_FILE, DATA_FILE}:
+        begun = bool(_holdings(folder) - {CONFIG_FILE, DATA_FILE})
+        if begun and not other_settings:
+            _check_settings(folder, config)
+        write_json(folder / DATA_FILE, _checked_data(folder, data, accept_changed_data) if begun else data)
+        if other_settings or not begun:
             write_json(folder / CONFIG_FILE, flat(config))
         yield
 
