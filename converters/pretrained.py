@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import DTypeLike
 
 from converters.cache import cache_folder
 from converters.download import download, raise_unless_room
@@ -26,7 +27,11 @@ _SHOWN_DIFFERENCES = 4
 
 
 def load_pretrained(
-    name: str, *, weights: str | Path | None = None, cache_dir: str | Path | None = None
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    dtype: DTypeLike | None = None,
 ) -> VisionTransformer:
     """A published model by its torch.hub name, such as "dinov2_vits14", or "dinojax_vitt", which is in the package.
 
@@ -39,12 +44,21 @@ def load_pretrained(
             a folder written by `dinojax.save`. It must have the architecture of `name`.
         cache_dir: folder of downloads and converted models; None takes `$DINOJAX_CACHE`, or else `~/.cache/dinojax`.
             `$DINOJAX_WEIGHTS_URL` names a mirror of https://dl.fbaipublicfiles.com.
+        dtype: of the parameters and of the computation, such as jnp.bfloat16; None is float32.
+
+    Returns:
+        The model. It carries its preprocessing, see `dinojax.preprocess`.
 
     Raises:
         UserError: the name is unknown; the download fails; the file is damaged, holds code, has another architecture or
             values that are not finite; or torch is needed and missing.
     """
     variant(name)
+    model = _load(name, weights, cache_dir)
+    return model if dtype is None else model.astype(dtype)
+
+
+def _load(name: str, weights: str | Path | None, cache_dir: str | Path | None) -> VisionTransformer:
     if weights is not None:
         model = read_model(weights)
         raise_unless_architecture(model, name, str(weights))
@@ -138,6 +152,7 @@ def read_file(
     state_dict = read_state_dict(path)
     model = convert(state_dict, str(path), num_heads=num_heads or num_heads_beside(path), which=which)
     raise_unless_computed(path, model)
+    model.preprocessing = dataclasses.replace(model.preprocessing, **preprocessing_beside(path))
     if note := left_out(state_dict, which):
         say(f"{path}: {note}")
     return state_dict, model
@@ -164,9 +179,9 @@ def store(model: VisionTransformer, folder: Path, source: Mapping[str, Any]) -> 
 
 
 def describe(file: Path, name: str | None = None) -> dict[str, Any]:
-    """The origin of converted weights and the preprocessing they were trained with, which are stored with them."""
+    """The origin of converted weights, which is stored with them."""
     source = SOURCES.get(name) if name else None
-    description: dict[str, Any] = {"file": file.name, **({} if source else preprocessing_beside(file))}
+    description: dict[str, Any] = {"file": file.name}
     if file.is_file():
         description |= {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
     if source:

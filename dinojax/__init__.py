@@ -7,7 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dinojax.embedding import Embeddings, embed
     from dinojax.errors import UserError
+    from dinojax.images import Preprocessing, normalize, preprocess
     from dinojax.models.files import load, save
     from dinojax.models.head import DINOHead
     from dinojax.models.variants import VARIANTS
@@ -18,23 +20,30 @@ __version__ = "0.1.0"
 __all__ = [
     "VARIANTS",
     "DINOHead",
+    "Embeddings",
     "Features",
+    "Preprocessing",
     "UserError",
     "ViTConfig",
     "VisionTransformer",
+    "embed",
     "load",
+    "normalize",
+    "preprocess",
     "save",
 ]
 
-_MODULES = ("checkpoint", "finetune", "image_ops", "maps", "models", "pretraining", "probes")
+_MODULES = ("checkpoint", "finetune", "image_ops", "images", "maps", "models", "pretraining", "probes")
+_HOMES = {"Embeddings": "embedding", "UserError": "errors", "embed": "embedding"} | dict.fromkeys(
+    ("Preprocessing", "normalize", "preprocess"), "images"
+)
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:
-        home = "errors" if name == "UserError" else "models"
-        return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'models')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -18,7 +18,9 @@ from safetensors.numpy import save_file
 
 from dinojax.documents import flush_folder, read_document, sha256_of_file, write_document
 from dinojax.errors import UserError
-from dinojax.models.vit import VisionTransformer, ViTConfig
+from dinojax.images.preprocessing import Preprocessing
+from dinojax.models.variants import VARIANTS
+from dinojax.models.vit import VisionTransformer, ViTConfig, default_preprocessing
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -74,7 +76,7 @@ def save(
     source: Mapping[str, object] | None = None,
     dtype: DTypeLike | None = None,
 ) -> Path:
-    """Writes a model to the folder `path`, whole or not at all.
+    """Writes a model, with its preprocessing, to the folder `path`, whole or not at all.
 
     Args:
         model: a model of any size.
@@ -99,7 +101,12 @@ def save(
         save_file(arrays, partial / WEIGHTS_FILE)
         with (partial / WEIGHTS_FILE).open("rb") as file:
             os.fsync(file.fileno())
-        document = {"model": _KIND, "config": dataclasses.asdict(model.config), "source": dict(source or {})}
+        document = {
+            "model": _KIND,
+            "config": dataclasses.asdict(model.config),
+            "preprocessing": dataclasses.asdict(model.preprocessing),
+            "source": dict(source or {}),
+        }
         write_document(partial / CONFIG_FILE, document, files=[WEIGHTS_FILE])
         if path.exists():
             shutil.rmtree(path)
@@ -122,22 +129,31 @@ def is_model_folder(path: str | Path) -> bool:
 
 
 def load(path: str | Path) -> VisionTransformer:
-    """Reads a model that `save` wrote. Needs neither torch nor the network; float16 becomes float32.
+    """Reads a model that `save` wrote, with its preprocessing. Needs neither torch nor the network.
+
+    Arrays stored in float16 become float32.
 
     Raises:
         UserError: there is no such folder, its files are damaged (the SHA-256 is checked), or its arrays do not fit the
             architecture.
     """
+    if str(path) in VARIANTS and not Path(path).exists():
+        raise UserError(
+            f"{path} is the name of a published model, not a folder: converters.load_pretrained({str(path)!r}) loads it"
+        )
     path = Path(path)
     document = _read_config(path, files=[WEIGHTS_FILE])
     try:
         config = ViTConfig(**document["config"])
+        preprocessing = _preprocessing(document, config)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path / CONFIG_FILE} is not a model configuration ({error}); {_REMEDY}") from error
     digest = document.get("sha256")  # releases before 0.2: a hash of the weights, none of the configuration
     if digest is not None and sha256_of_file(path / WEIGHTS_FILE) != digest:
         raise UserError(f"{path / WEIGHTS_FILE} is damaged (its SHA-256 is not the stored one); {_REMEDY}")
-    return _filled(config, path / WEIGHTS_FILE)
+    model = _filled(config, path / WEIGHTS_FILE)
+    model.preprocessing = preprocessing
+    return model
 
 
 def read_source(path: str | Path) -> dict[str, Any]:
@@ -148,6 +164,15 @@ def read_source(path: str | Path) -> dict[str, Any]:
     """
     source = _read_config(Path(path), files=[]).get("source", {})
     return source if isinstance(source, dict) else {}
+
+
+def _preprocessing(document: Mapping[str, Any], config: ViTConfig) -> Preprocessing:
+    """What is stored; before releases of 0.2, mean, deviation and size were among the words about the origin."""
+    if "preprocessing" in document:
+        return Preprocessing(**document["preprocessing"])
+    source = document.get("source")
+    kept = {name: source[name] for name in ("mean", "std", "image_size") if isinstance(source, dict) and name in source}
+    return dataclasses.replace(default_preprocessing(config), **kept)
 
 
 def _read_config(path: Path, files: list[str]) -> dict[str, Any]:

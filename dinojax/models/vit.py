@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, DTypeLike, Float, Key
 
 from dinojax.errors import require
+from dinojax.images.preprocessing import Preprocessing
 from dinojax.models.layers import Block, LayerNorm, Module, PatchEmbed
 from dinojax.models.position import interpolate_pos_embed
 
@@ -30,6 +31,7 @@ _WHOLE = {
     "num_register_tokens": (0, 2**12),
     "in_chans": (1, 2**12),
 }
+_LARGEST_DEFAULT = 224  # DINOv2's weights were trained at 518 px and evaluated at 224 px
 _REAL = {
     "mlp_ratio": (0.001, 1024),
     "init_values": (-1024, 1024),
@@ -109,15 +111,17 @@ class Features(NamedTuple):
 class VisionTransformer(Module):
     """DINO / DINOv2 backbone for NHWC images of any size, normalised as the weights expect.
 
-    It computes in the dtype of its parameters.
+    It computes in the dtype of its parameters, see `astype`. Images that it does not take are refused with a sentence.
 
     Args:
         config: the architecture.
         rngs: draws the initial values.
+        preprocessing: what the weights expect of images, for `dinojax.preprocess`. None takes `default_preprocessing`.
     """
 
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs, preprocessing: Preprocessing | None = None):
         self.config = config
+        self.preprocessing = preprocessing or default_preprocessing(config)
         dim, v2 = config.embed_dim, config.family == "dinov2"
         normal, draw = jax.random.normal, rngs.params
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim, rngs=rngs)
@@ -143,8 +147,8 @@ class VisionTransformer(Module):
 
     def __call__(
         self,
-        images: Float[Array | np.ndarray, "batch height width channels"],
-        masks: Bool[Array | np.ndarray, "batch patches"] | None = None,
+        images: Array | np.ndarray,
+        masks: Array | np.ndarray | None = None,
         *,
         key: Key[Array, ""] | None = None,
         remat: bool = False,
@@ -152,14 +156,14 @@ class VisionTransformer(Module):
         """Features of a batch of images.
 
         Args:
-            images: normalised pixels.
-            masks: which patches the mask token replaces, in row-major order (DINOv2 only).
+            images: normalised pixels "batch height width channels".
+            masks: bool "batch patches": which patches the mask token replaces, in row-major order (DINOv2 only).
             key: draws drop path; None leaves it out.
             remat: keep only the input of each block, and compute its activations again for the gradient.
 
         Raises:
-            ValueError: images smaller than a patch, or of a size that a DINOv2 model does not take; masks for a model
-                without a mask token.
+            ValueError: images of integers, of another shape, smaller than a patch, or of a size that a DINOv2 model
+                does not take; masks of another type or shape, or for a model without a mask token.
         """
         keys = [None] * len(self.blocks) if key is None else list(jax.random.split(key, len(self.blocks)))
         x = self._embed(images, masks)
@@ -171,7 +175,7 @@ class VisionTransformer(Module):
 
     def get_intermediate_layers(
         self,
-        images: Float[Array | np.ndarray, "batch height width channels"],
+        images: Array | np.ndarray,
         n: int | Sequence[int] = 1,
         reshape: bool = False,
         return_class_token: bool = False,
@@ -180,7 +184,7 @@ class VisionTransformer(Module):
         """Patch tokens after chosen blocks, with DINOv2's meaning for every model.
 
         Args:
-            images: normalised pixels.
+            images: normalised pixels "batch height width channels".
             n: number of last blocks, or the indices of blocks.
             reshape: return maps "batch rows columns dim" instead of "batch patches dim".
             return_class_token: return pairs of patch tokens and class token "batch dim".
@@ -193,6 +197,7 @@ class VisionTransformer(Module):
             ValueError: a block that the model does not have, or images of a size that it does not take.
         """
         wanted = self._block_indices(n)
+        _raise_unless_images(images, self.config)
         rows, columns = (side // self.config.patch_size for side in images.shape[1:3])
         outputs = []
         x = self._embed(images)
@@ -204,14 +209,17 @@ class VisionTransformer(Module):
                 outputs.append((patches, cls_token) if return_class_token else patches)
         return tuple(outputs)
 
-    def get_last_selfattention(
-        self, images: Float[Array | np.ndarray, "batch height width channels"]
-    ) -> Float[Array, "batch heads tokens tokens"]:
+    def get_last_selfattention(self, images: Array | np.ndarray) -> Float[Array, "batch heads tokens tokens"]:
         """Attention probabilities of the last block; the tokens are in the order CLS, registers, patches."""
         x = self._embed(images)
         for block in list(self.blocks)[:-1]:
             x = block(x)
         return self.blocks[-1].attention_probs(x)
+
+    def astype(self, dtype: DTypeLike) -> "VisionTransformer":
+        """A copy with parameters of another dtype, in which it computes; jnp.bfloat16 suits GPUs and TPUs."""
+        graphdef, state = nnx.split(self)
+        return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), state))
 
     def interpolated_pos_embed(self, height: int, width: int) -> Float[Array, "1 positions dim"]:
         """The position embedding of images of `height` × `width` pixels, class entry first."""
@@ -229,11 +237,16 @@ class VisionTransformer(Module):
 
     def _embed(self, images: _Batch, masks: _Batch | None = None) -> Array:
         """Embeds patches, replaces masked ones, puts CLS in front, adds positions, and inserts the registers."""
-        self._check_size(*images.shape[1:3])
+        _raise_unless_images(images, self.config)
         x = self.patch_embed(images)
         if masks is not None:
             if self.mask_token is None:
                 raise ValueError("masks were given to a DINO (v1) model, which has no mask token")
+            if masks.shape != x.shape[:2] or masks.dtype != bool:
+                raise ValueError(
+                    f"masks are {masks.dtype} of shape {tuple(masks.shape)}; expected is bool of shape "
+                    f"{tuple(x.shape[:2])}, one for each image and patch"
+                )
             x = jnp.where(masks[..., None], self.mask_token[...].astype(x.dtype), x)
         batch, _, dim = x.shape
         x = jnp.concatenate([jnp.broadcast_to(self.cls_token[...], (batch, 1, dim)), x], axis=1)
@@ -242,16 +255,6 @@ class VisionTransformer(Module):
             return x
         registers = jnp.broadcast_to(self.register_tokens[...], (batch, self.config.num_register_tokens, dim))
         return jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
-
-    def _check_size(self, height: int, width: int) -> None:
-        patch = self.config.patch_size
-        if min(height, width) < patch:
-            raise ValueError(f"images of {height}×{width} px are smaller than one patch of {patch} px")
-        if self.config.family == "dinov2" and (height % patch or width % patch):
-            raise ValueError(
-                f"images of {height}×{width} px are not a multiple of the patch size {patch}; resize them, "
-                f"for example to {round(height / patch) * patch}×{round(width / patch) * patch}"
-            )
 
     def _block_indices(self, n: int | Sequence[int]) -> set[int]:
         depth = len(self.blocks)
@@ -264,6 +267,41 @@ class VisionTransformer(Module):
         """Class token, register tokens, patch tokens."""
         first_patch = 1 + self.config.num_register_tokens
         return x[:, 0], x[:, 1:first_patch], x[:, first_patch:]
+
+
+def default_preprocessing(config: ViTConfig) -> Preprocessing:
+    """ImageNet's mean and deviation, and the size of the position table, at most 224 px; for RGB images."""
+    size, patch = min(config.img_size, _LARGEST_DEFAULT), config.patch_size
+    if config.in_chans == 3:
+        return Preprocessing(image_size=size, patch_size=patch)
+    zeros, ones = (0.0,) * config.in_chans, (1.0,) * config.in_chans
+    return Preprocessing(mean=zeros, std=ones, image_size=size, patch_size=patch)
+
+
+def _raise_unless_images(images: _Batch, config: ViTConfig) -> None:
+    """Raises a `ValueError` that says what was given and what to do."""
+    shape, channels, patch = images.shape, config.in_chans, config.patch_size
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images of {images.dtype} are not normalised: dinojax.preprocess(photos, model) prepares photos, and "
+            "dinojax.normalize(images, model) arrays"
+        )
+    if len(shape) != 4:
+        hint = "images[None] adds the batch axis" if len(shape) == 3 else "pass batch, height, width, channels"
+        raise ValueError(f"images of shape {shape} do not have four axes; {hint}")
+    if shape[0] == 0:
+        raise ValueError(f"the batch is empty: images of shape {shape}; pass one image or more")
+    if shape[3] != channels:
+        hint = "images.transpose(0, 2, 3, 1) moves them to the end" if shape[1] == channels else "RGB has 3"
+        raise ValueError(f"images of shape {shape} do not end with the {channels} channels of the model; {hint}")
+    height, width = shape[1:3]
+    if min(height, width) < patch:
+        raise ValueError(f"images of {height}×{width} px are smaller than one patch of {patch} px")
+    if config.family == "dinov2" and (height % patch or width % patch):
+        raise ValueError(
+            f"images of {height}×{width} px are not a multiple of the patch size {patch}; resize them, "
+            f"for example to {round(height / patch) * patch}×{round(width / patch) * patch}"
+        )
 
 
 def _raise_if_damaged(config: ViTConfig) -> None:

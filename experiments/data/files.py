@@ -17,7 +17,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from dinojax.errors import UserError
-from experiments.data.decode import FORMATS, SUFFIXES, decode_rgb
+from dinojax.images.decode import FORMATS, SUFFIXES, decode_rgb
 from experiments.data.splits import Split, digest
 
 # Files that usually lie beside images, of which nobody expects a picture.

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from dinojax.errors import UserError
-from experiments.data.decode import SUFFIXES
+from dinojax.images.decode import SUFFIXES
 from experiments.data.files import find_images, no_images, notes_about, readable_name, split_of_files
 from experiments.data.image_copies import find_copies
 from experiments.data.splits import Dataset, Split, limit_images

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from experiments.data.decode import Pixels, one_large_image
+from dinojax.images.decode import Pixels, one_large_image
+from dinojax.images.resize import Square
 from experiments.data.splits import Split
-from experiments.data.squares import Square
 
 _BATCHES_AHEAD = 2
 _MOST_THREADS = 16

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Int
 
 from dinojax.errors import UserError
+from dinojax.images.decode import Pixels
 from dinojax.probes import stratified_subset
-from experiments.data.decode import Pixels
 
 
 @dataclasses.dataclass(frozen=True)

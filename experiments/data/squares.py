@@ -1,50 +1,11 @@
-"""Images of any shape made squares of one size, with torchvision's arithmetic on Pillow; and splits of such squares."""
+"""Splits of square images: any shape, resized to one size."""
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
-from experiments.data.decode import Pixels, decode_rgb, one_large_image
+from dinojax.images.decode import Pixels, decode_rgb, one_large_image
+from dinojax.images.resize import Resampling, resize_centre_crop
 from experiments.data.splits import Split
-
-Square = UInt8[np.ndarray, "_side _side 3"]
-Resampling = Image.Resampling
-_LONGEST = 20  # times its shorter side
-
-
-def resize_square(image: Pixels, side: int, *, resample: Resampling = Resampling.BILINEAR) -> Square:
-    """The whole image resized to `side` × `side` px; its aspect is not kept.
-
-    Source: torchvision `Resize((side, side))` of a Pillow image: bilinear by default, and antialiased.
-    """
-    return np.asarray(Image.fromarray(image).resize((side, side), resample))
-
-
-def resize_centre_crop(image: Pixels, resize: int, crop: int, *, resample: Resampling = Resampling.BILINEAR) -> Square:
-    """The central square of `crop` px after the shorter side was resized to `resize` px.
-
-    Of an image that is more than `_LONGEST` times as long as wide, only the part around the square is resized: one of
-    1 × 20,000 px would become 256 × 5,120,000 px. Its values differ by rounding, and where Pillow clips them.
-
-    Raises:
-        ValueError: the crop is larger than the shorter side, where torchvision would add black borders.
-
-    Source: torchvision `Resize(resize)` (`_compute_resized_output_size`: the longer side is truncated) and
-    `CenterCrop(crop)` (`functional.center_crop`: offsets are rounded half to even).
-    """
-    if crop > resize:
-        raise ValueError(f"a centre crop of {crop} px does not fit a shorter side of {resize} px")
-    height, width = image.shape[:2]
-    shorter = min(height, width)
-    resized = int(resize * height / shorter), int(resize * width / shorter)
-    top, left = (round((side - crop) / 2) for side in resized)
-    if max(height, width) <= _LONGEST * shorter:
-        pixels = np.asarray(Image.fromarray(image).resize(resized[::-1], resample))
-        return pixels[top : top + crop, left : left + crop]
-    rows, columns = ((start * side / size, (start + crop) * side / size)
-                     for start, side, size in zip((top, left), (height, width), resized))  # fmt: skip
-    box = (columns[0], rows[0], columns[1], rows[1])
-    return np.asarray(Image.fromarray(image).resize((crop, crop), resample, box=box))
 
 
 def load_square(split: Split, index: int, size: int) -> UInt8[np.ndarray, "size size 3"]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from converters.download import reachable
 from dinojax.errors import UserError
-from experiments.data.decode import decode_rgb
+from dinojax.images.decode import decode_rgb
 from experiments.data.splits import Dataset, Split, digest
 
 TFDS_STORE = "https://storage.googleapis.com/tfds-data/"

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from dinojax.errors import UserError
-from experiments.data.decode import SUFFIXES
+from dinojax.images.decode import SUFFIXES
 from experiments.data.files import split_of_files
 from experiments.data.splits import Dataset
 

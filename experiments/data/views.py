@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from experiments.data.decode import Pixels
+from dinojax.images.decode import Pixels
 from experiments.data.splits import Split
 
 SCALE = (0.6, 1.0)  # share of the image's area

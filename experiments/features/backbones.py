@@ -13,35 +13,35 @@ from dinojax import VARIANTS, UserError, VisionTransformer
 from dinojax.models.files import is_model_folder, read_source, shipped_folder
 from experiments.runs.records import TRACES_OF_TRAINING
 
-# Source: facebookresearch/dino 7c446df `eval_knn.py`, facebookresearch/dinov2 b8931f7 `dinov2/data/transforms.py`.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 RANDOM = "random"
 DEFAULT_SHAPE = "dinov2_vits14"
 NETWORKS = ("teacher", "student")
-_LARGEST_DEFAULT = 224  # DINOv2's weights were trained at 518 px and evaluated at 224 px
 
 Normalisation = Sequence[Sequence[float]]  # mean and standard deviation of red, green and blue (0–1)
 
 
 class Backbone(NamedTuple):
-    """A model and what it expects of images.
+    """A model, with its preprocessing, and where it comes from.
 
     Attributes:
         model: of any size.
         weights: what the model was read from; in a run folder, the folder of the network.
-        normalisation: mean and standard deviation of the pixels (0–1) that the model was trained with.
-        image_size: side in pixels of the images that the model was trained on. If it is not known, this is the size of
-            the position embeddings, at most 224.
-        source: origin of the weights, as recorded in the model folder, or what Hugging Face's files say of it.
+        source: origin of the weights, as recorded in the model folder.
     """
 
     model: VisionTransformer
     weights: str
-    normalisation: Normalisation
-    image_size: int
     source: Mapping[str, Any]
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """Mean and standard deviation of the pixels (0–1) that the model was trained with."""
+        return self.model.preprocessing.mean, self.model.preprocessing.std
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square images that the model is used with unless another size is asked for."""
+        return self.model.preprocessing.image_size
 
 
 def load_backbone(weights: str, *, seed: int, cache_dir: Path | None, network: str = NETWORKS[0]) -> Backbone:
@@ -62,8 +62,7 @@ def load_backbone(weights: str, *, seed: int, cache_dir: Path | None, network: s
         raise UserError(
             f"{weights} takes images of {model.config.in_chans} channels; the commands read red, green, blue"
         )
-    size = source.get("image_size", min(model.config.img_size, _LARGEST_DEFAULT))
-    return Backbone(model, weights, find_normalisation(weights), size, source)
+    return Backbone(model, weights, source)
 
 
 def find_networks(weights: str) -> dict[str, str]:
@@ -98,12 +97,6 @@ def find_network(weights: str, network: str = NETWORKS[0]) -> str:
     return weights
 
 
-def find_normalisation(weights: str) -> Normalisation:
-    """Mean and standard deviation of the pixels (0–1): those recorded with the weights, or else ImageNet's."""
-    source = _source(weights)
-    return (source["mean"], source["std"]) if "mean" in source else (IMAGENET_MEAN, IMAGENET_STD)
-
-
 def is_random(weights: str) -> bool:
     """Whether `weights` stands for random weights."""
     return weights == RANDOM or weights.startswith(f"{RANDOM}:")
@@ -130,10 +123,6 @@ def _load_model(weights: str, seed: int, cache_dir: Path | None) -> VisionTransf
 
 
 def _source(weights: str) -> dict[str, Any]:
-    """What `dinojax.save` recorded in a model folder, or the preprocessing that Hugging Face keeps beside weights."""
-    from converters.hugging_face import preprocessing_beside
-
+    """What `dinojax.save` recorded in a model folder; {} for other weights."""
     folder = shipped_folder(weights) or Path(weights).expanduser()
-    if is_model_folder(folder):
-        return read_source(folder)
-    return {} if is_random(weights) or not folder.exists() else preprocessing_beside(folder)
+    return read_source(folder) if is_model_folder(folder) else {}

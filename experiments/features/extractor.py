@@ -24,8 +24,9 @@ from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from converters.cache import cache_folder
+from dinojax.embedding import default_batch
 from dinojax.errors import UserError
-from dinojax.models.chunks import images_in_cache, in_chunks
+from dinojax.models.chunks import in_chunks
 from dinojax.models.files import named_parameters
 from dinojax.models.vit import VisionTransformer
 from experiments.data.splits import Split, digest
@@ -85,10 +86,9 @@ class FeatureExtractor:
         batch_size: int | None = None,
     ):
         check_image_size(model, image_size)
-        on_cpu = jax.default_backend() == "cpu"
         self.image_size = image_size
         self.dtype = jnp.dtype(resolve_dtype(dtype))
-        self.batch_size = min(batch_size or (_images_in_cache(model, image_size) if on_cpu else 256), _SHARD_IMAGES)
+        self.batch_size = min(batch_size or default_batch(model, (1, image_size, image_size, 3)), _SHARD_IMAGES)
         self.shape = (min(LAST_BLOCKS, model.config.depth) + 1, model.config.embed_dim)
         self._root = cache_folder(cache_dir) / "features"
         self.fingerprint = fingerprint(model)
@@ -220,11 +220,6 @@ def make_forward(
         return jnp.stack([*(cls_token.astype(jnp.float32) for _, cls_token in layers), mean_patch], axis=1)
 
     return lambda pixels: forward(state, pixels)
-
-
-def _images_in_cache(model: VisionTransformer, image_size: int) -> int:
-    tokens = (image_size // model.config.patch_size) ** 2 + 1
-    return min(256, images_in_cache(tokens, model.config.embed_dim))
 
 
 def check_image_size(model: VisionTransformer, image_size: int) -> None:

@@ -38,7 +38,7 @@ class Picture:
         """The resized and cropped pixels."""
         from PIL import Image
 
-        from experiments.data.decode import decode_rgb
+        from dinojax.images.decode import decode_rgb
 
         pixels = decode_rgb(self.file, str(self.file))
         if pixels.shape[:2] != self.resized:

@@ -13,10 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from dinojax.errors import UserError
 from dinojax.finetune import ImageClassifier, head_logits, make_logits
+from dinojax.images.resize import Resampling, resize_square
 from experiments.data.folder import ImageFolder
 from experiments.data.loader import Batch, epoch_rows, make_loader
 from experiments.data.splits import Split
-from experiments.data.squares import Resampling, centre_cropped, reduced, resize_square
+from experiments.data.squares import centre_cropped, reduced
 from experiments.features.backbones import Backbone
 from experiments.features.extractor import FeatureExtractor
 from experiments.finetuning.config import FinetuneConfig

@@ -1,5 +1,6 @@
 """The results of a supervised training: metrics, predictions, figures, the tuned model, and the table of all modes."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -145,16 +146,13 @@ def _save_model(folder: Path, config: FinetuneConfig, task: Task, tuned: ImageCl
     """Saves the backbone, if it changed, and the head as a classifier that `experiments.predict` reads."""
     weights = task.backbone.weights
     if config.training.mode != "linear":
-        mean, std = task.backbone.normalisation
         source = {
             "method": f"{config.training.mode} by dinojax from {config.model.weights}",
             "data": task.images.name,
             "images": len(task.images.train),
             "seed": config.run.seed,
-            "image_size": task.image_size,
-            "mean": mean,
-            "std": std,
         }
+        tuned.backbone.preprocessing = dataclasses.replace(tuned.backbone.preprocessing, image_size=task.image_size)
         weights = str(dinojax.save(tuned.backbone, folder / MODEL, source=source))
     path = Path(weights).expanduser()
     head = {"kernel": np.asarray(tuned.head.kernel[...]), "bias": np.asarray(tuned.head.bias[...])}

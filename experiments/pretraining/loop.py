@@ -183,13 +183,9 @@ class Run:
             "images": len(self.images),
             "epochs": config.training.epochs,
             "seed": config.run.seed,
-            "image_size": config.crops.global_size,
-            "mean": config.crops.mean,
-            "std": config.crops.std,
         }
         models = {name: nnx.merge(self.program.backbone_graph, state) for name, state in backbones.items()}
-        normalisation, size = (config.crops.mean, config.crops.std), config.crops.global_size
-        networks = {name: Backbone(model, name, normalisation, size, source) for name, model in models.items()}
+        networks = {name: Backbone(model, name, source) for name, model in models.items()}
         accuracies = knn_accuracies(networks, self.dataset, config.run.cache_dir, config.compute.dtype)
         for name in (TEACHER, STUDENT):
             save(models[name], self.folder / name, source=source)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dinojax import DINOHead, VisionTransformer, ViTConfig
+from dinojax import DINOHead, Preprocessing, VisionTransformer, ViTConfig
 from dinojax.pretraining.optim import dino_optimizer
 from dinojax.pretraining.schedules import Schedule, cosine_schedule, teacher_temp_schedule
 from dinojax.pretraining.step import DINO, TrainState, init_state, make_pretrain_steps, make_train_step
@@ -65,7 +65,9 @@ def make_networks(config: PretrainConfig) -> DINO:
     """Backbone and head, drawn from the seed."""
     weights, _ = jax.random.split(jax.random.key(config.run.seed))
     rngs = nnx.Rngs(weights)
-    backbone = VisionTransformer(vit_config(config), rngs=rngs)
+    crops = config.crops
+    preprocessing = Preprocessing(crops.mean, crops.std, crops.global_size, config.model.patch_size)
+    backbone = VisionTransformer(vit_config(config), rngs=rngs, preprocessing=preprocessing)
     head = DINOHead(
         config.model.embed_dim,
         config.model.prototypes,

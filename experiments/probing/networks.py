@@ -13,6 +13,7 @@ from experiments.probing.config import EvaluationConfig
 from experiments.runs.records import RESULT_FILE, read_json
 
 UNTRAINED, OTHER = "untrained", "model"
+_PREPROCESSING = ("mean", "std")  # among the origin before releases of 0.2
 
 
 def load_networks(config: EvaluationConfig) -> dict[str, Backbone]:
@@ -32,7 +33,9 @@ def load_networks(config: EvaluationConfig) -> dict[str, Backbone]:
     backbones = {name: load_backbone(path, **options) for name, path in found.items()}
     if config.networks.untrained:
         first = next(iter(backbones.values()))
-        drawn = VisionTransformer(first.model.config, rngs=nnx.Rngs(config.run.seed))
+        drawn = VisionTransformer(
+            first.model.config, rngs=nnx.Rngs(config.run.seed), preprocessing=first.model.preprocessing
+        )
         backbones[UNTRAINED] = first._replace(model=drawn, weights=UNTRAINED)
     return backbones
 
@@ -59,7 +62,7 @@ def make_extractor(config: EvaluationConfig, backbone: Backbone) -> FeatureExtra
 
 def known_training(backbone: Backbone) -> dict[str, Any]:
     """What is known of how the weights were trained: what is kept beside them, and the result of their training."""
-    known = {name: value for name, value in backbone.source.items() if name not in ("mean", "std")}
+    known = {name: value for name, value in backbone.source.items() if name not in _PREPROCESSING}
     folder = Path(backbone.weights).expanduser().parent
     if Path(backbone.weights).name in NETWORKS and (folder / RESULT_FILE).is_file():
         result = read_json(folder / RESULT_FILE)

@@ -118,22 +118,22 @@ def test_the_saved_head_gives_the_accuracy_that_is_reported(config, weights):
 
 
 def test_a_run_folder_gives_its_teacher_with_the_normalisation_it_was_trained_with(config, tmp_path):
-    own = {"mean": [0.3, 0.5, 0.6], "std": [0.4, 0.2, 0.3], "image_size": 16}
+    own = dinojax.Preprocessing((0.3, 0.5, 0.6), (0.4, 0.2, 0.3), image_size=16, patch_size=4)
     shape = ViTConfig(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
     for seed, network in enumerate(("teacher", "student")):
-        model = VisionTransformer(shape, rngs=nnx.Rngs(seed))
-        dinojax.save(model, tmp_path / "training" / network, source=own)
+        model = VisionTransformer(shape, rngs=nnx.Rngs(seed), preprocessing=own)
+        dinojax.save(model, tmp_path / "training" / network)
     result = run(replace(config, weights=str(tmp_path / "training"), figures=False))
     head = load_file(result.folder / "linear.safetensors")
     test = load_dataset("digits", max_train=300, max_test=60).test
     pixels = np.stack([load_square(test, i, 16) for i in range(60)]) / 255
     teacher = dinojax.load(tmp_path / "training" / "teacher")
-    cls_token = np.asarray(teacher(((pixels - own["mean"]) / own["std"]).astype(np.float32)).cls_token)
+    cls_token = np.asarray(teacher(((pixels - own.mean) / own.std).astype(np.float32)).cls_token)
     accuracy = np.mean(np.argmax(cls_token @ head["kernel"] + head["bias"], axis=1) == test.labels)
     assert accuracy == pytest.approx(accuracy_of(result, "linear"))
     index = json.loads((result.folder / "classifiers.json").read_text())
     assert index["weights"] == str(tmp_path / "training" / "teacher")
-    assert index["normalisation"] == [own["mean"], own["std"]]
+    assert index["normalisation"] == [list(own.mean), list(own.std)]
 
 
 def test_the_stored_predictions_give_the_accuracy_that_is_reported(config):

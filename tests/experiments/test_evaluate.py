@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from sklearn.neighbors import KNeighborsClassifier
 
 import dinojax
-from dinojax import UserError, VisionTransformer, ViTConfig
+from dinojax import Preprocessing, UserError, VisionTransformer, ViTConfig
 from dinojax.pretraining.augment import MultiCropConfig
 from dinojax.probes import fit_linear, linear_logits, split_heldout
 from experiments import evaluate as command
@@ -30,7 +30,8 @@ from experiments.runs.settings import create
 
 SIZE, TRAIN, TEST = 16, 260, 90
 SHAPE = ViTConfig(img_size=SIZE, patch_size=8, embed_dim=16, depth=4, num_heads=2)
-OWN = {"mean": [0.3, 0.5, 0.6], "std": [0.4, 0.2, 0.3], "image_size": SIZE, "data": "digits", "epochs": 3, "seed": 0}
+OWN = Preprocessing((0.3, 0.5, 0.6), (0.4, 0.2, 0.3), image_size=SIZE, patch_size=8)
+SOURCE = {"data": "digits", "epochs": 3, "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,8 @@ def run(tmp_path_factory):
     """The run folder of a training."""
     folder = tmp_path_factory.mktemp("evaluate") / "run"
     for seed, network in enumerate(("teacher", "student")):
-        dinojax.save(VisionTransformer(SHAPE, rngs=nnx.Rngs(seed)), folder / network, source=OWN)
+        model = VisionTransformer(SHAPE, rngs=nnx.Rngs(seed), preprocessing=OWN)
+        dinojax.save(model, folder / network, source=SOURCE)
     (folder / "metrics.jsonl").write_text("")
     (folder / "config.json").write_text("{}")
     return folder
@@ -74,7 +76,7 @@ def resized(pixels, size):
 
 def embedded(run, network, images):
     """CLS tokens and mean patches from the model's own call."""
-    pixels = (np.stack(images) / 255 - OWN["mean"]) / OWN["std"]
+    pixels = (np.stack(images) / 255 - OWN.mean) / OWN.std
     outputs = dinojax.load(run / network)(pixels.astype(np.float32))
     return {"cls": np.asarray(outputs.cls_token), "mean_patch": np.asarray(outputs.patch_tokens.mean(axis=1))}
 
@@ -165,7 +167,7 @@ def test_the_files_and_what_the_result_tells(run, evaluated):
     assert result["image_size"] == result["resize"] == SIZE
     assert result["config"]["max_train"] == TRAIN and result["config"]["seed"] == 0
     assert result["environment"].keys() >= {"git_commit", "device", "packages", "python"}
-    assert result["pretraining"] == {k: v for k, v in OWN.items() if k not in ("mean", "std")}
+    assert result["pretraining"] == SOURCE
     assert result["seconds"].keys() == {"teacher", "student", "pixels"}
     assert result["seconds"]["teacher"]["features"] > 0
     for row in result["rows"]:

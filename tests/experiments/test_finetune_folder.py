@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss
 
 import dinojax
-from dinojax import UserError, VisionTransformer, ViTConfig
+from dinojax import Preprocessing, UserError, VisionTransformer, ViTConfig
 from dinojax.finetune import MODES
 from experiments import finetune_folder, predict
 from experiments.finetuning import loop as finetune_run
@@ -48,7 +48,8 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("finetune")
     for seed, (split, counts) in enumerate(COUNTS.items()):
         draw(place / "leaves" / split, counts, seed)
-    dinojax.save(VisionTransformer(TINY, rngs=nnx.Rngs(0)), place / "weights", source={"image_size": 16})
+    preprocessing = Preprocessing(image_size=16, patch_size=TINY.patch_size)
+    dinojax.save(VisionTransformer(TINY, rngs=nnx.Rngs(0), preprocessing=preprocessing), place / "weights")
     return place
 
 

@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import dinojax
-from dinojax import UserError, VisionTransformer, ViTConfig, maps
+from dinojax import Preprocessing, UserError, VisionTransformer, ViTConfig, maps
+from dinojax.images.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from experiments import visualize
-from experiments.features.backbones import IMAGENET_MEAN, IMAGENET_STD, find_network, find_normalisation
+from experiments.features.backbones import find_network, load_backbone
 from experiments.figures import maps as map_figures
 from experiments.figures.clicking import await_click
 from experiments.runs.settings import create
@@ -45,7 +46,8 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("visualize")
     dinojax.save(VisionTransformer(REGISTERED, rngs=nnx.Rngs(0)), place / "model")
     for seed, network in enumerate(("teacher", "student")):
-        dinojax.save(VisionTransformer(TINY, rngs=nnx.Rngs(seed)), place / "run" / network, source=OWN)
+        model = VisionTransformer(TINY, rngs=nnx.Rngs(seed), preprocessing=Preprocessing(**OWN))
+        dinojax.save(model, place / "run" / network)
     (place / "run" / "config.json").write_text("{}")
     (place / "images" / "deep").mkdir(parents=True)
     picture(23, 34).save(place / "images" / "wide.png")
@@ -110,9 +112,9 @@ def test_networks_and_normalisation_are_found(place, tmp_path):
     assert find_network(str(place / "run"), "student") == str(place / "run" / "student")
     for weights in ("dino_vits16", "random:dino_vitt16", str(place / "model"), str(place / "run" / "teacher")):
         assert find_network(weights, "teacher") == weights
-    assert find_normalisation(str(place / "run" / "teacher")) == (OWN["mean"], OWN["std"])
-    for weights in ("dino_vits16", str(place / "model"), str(place / "images")):
-        assert find_normalisation(weights) == (IMAGENET_MEAN, IMAGENET_STD)
+    for weights, expected in (("run/teacher", (OWN["mean"], OWN["std"])), ("model", (IMAGENET_MEAN, IMAGENET_STD))):
+        found = load_backbone(str(place / weights), seed=0, cache_dir=tmp_path).normalisation
+        assert found == tuple(map(tuple, expected))
     shutil.copytree(place / "run" / "teacher", tmp_path / "teacher")
     with pytest.raises(UserError, match=r"--network student: .* holds no model of that name, only teacher"):
         find_network(str(tmp_path), "student")

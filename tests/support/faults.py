@@ -32,7 +32,7 @@ import dinojax
 from converters.pretrained import read_model
 from dinojax import UserError, VisionTransformer, ViTConfig
 from dinojax.checkpoint import TrainingCheckpoints
-from experiments.data.decode import decode_rgb
+from dinojax.images.decode import decode_rgb
 from experiments.features.cache import ShardCache
 from experiments.probing.classifiers import Classifier, load_classifiers, read_index, save_classifiers
 from experiments.runs.log import RunLog, read_log
@@ -59,7 +59,7 @@ def _bits(tree: Any) -> Any:
 
 def _make_model(folder: Path) -> None:
     config = ViTConfig(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=1)
-    dinojax.save(VisionTransformer(config, rngs=nnx.Rngs(0)), folder / "model", source={"mean": [0.5, 0.5, 0.5]})
+    dinojax.save(VisionTransformer(config, rngs=nnx.Rngs(0)), folder / "model")
 
 
 def _read_model(folder: Path) -> Any:

@@ -1,5 +1,6 @@
 """Models on disk: read back bit for bit, refused when damaged, written whole or not at all."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_a_broken_configuration_is_named(model, tmp_path, text):
 
 
 def test_a_flipped_bit_of_the_configuration_is_refused_or_changes_nothing(model, tmp_path):
-    source = {"mean": [0.49, 0.5, 0.51], "std": [0.25, 0.25, 0.25]}
+    source = {"data": "photos", "epochs": 3}
     config = save(model, tmp_path / "model", source=source) / "config.json"
     content, accepted, bits = config.read_bytes(), 0, np.random.default_rng(0)
     for place in range(len(content)):
@@ -86,18 +87,24 @@ def test_a_flipped_bit_of_the_configuration_is_refused_or_changes_nothing(model,
             assert "\n" not in str(error)
             continue
         accepted += 1
-        assert (found[0].config, found[1]) == (CONFIG, source)
+        assert (found[0].config, found[0].preprocessing, found[1]) == (CONFIG, model.preprocessing, source)
     assert accepted < 10
 
 
 def test_a_model_of_an_earlier_release_is_read_and_its_weights_are_checked(model, tmp_path):
-    """Its configuration has the hash of the weights and none of its own."""
-    folder = save(model, tmp_path / "model")
+    """Its configuration has the hash of the weights and none of its own, and mean and deviation under `source`."""
+    own = {"mean": [0.49, 0.5, 0.51], "std": [0.25, 0.25, 0.25], "image_size": 32}
+    folder = save(model, tmp_path / "model", source=own)
     document = json.loads((folder / "config.json").read_text())
-    del document["document_sha256"]
+    del document["document_sha256"], document["preprocessing"]
     document["sha256"] = document.pop("files_sha256")["model.safetensors"]
     (folder / "config.json").write_text(json.dumps(document))
-    np.testing.assert_array_equal(load(folder).pos_embed[...], model.pos_embed[...])
+    found = load(folder)
+    np.testing.assert_array_equal(found.pos_embed[...], model.pos_embed[...])
+    assert dataclasses.asdict(found.preprocessing) == {
+        "mean": (0.49, 0.5, 0.51), "std": (0.25, 0.25, 0.25), "image_size": 32, "patch_size": CONFIG.patch_size,
+        "interpolation": "bicubic",
+    }  # fmt: skip
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):

@@ -35,7 +35,7 @@ def test_it_is_small():
 def test_it_brings_its_own_normalisation(tmp_path):
     backbone = load_backbone(NAME, seed=0, cache_dir=tmp_path)
     source = json.loads((FOLDER / "config.json").read_text())["source"]
-    assert backbone.normalisation == (source["mean"], source["std"])
+    assert backbone.normalisation == (tuple(source["mean"]), tuple(source["std"]))
     assert backbone.image_size == source["image_size"] == 32
 
 

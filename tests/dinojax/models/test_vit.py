@@ -197,3 +197,25 @@ def test_one_compilation_serves_every_batch_of_one_shape():
     for _ in range(3):
         forward(state, images())
     assert forward._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (images().astype(np.uint8), r"images of uint8 are not normalised: dinojax\.preprocess"),
+        (images()[0], r"images of shape \(32, 48, 3\) do not have four axes; images\[None\]"),
+        (images().transpose(0, 3, 1, 2), r"do not end with the 3 channels .*transpose\(0, 2, 3, 1\)"),
+        (images()[..., :1], r"images of shape \(2, 32, 48, 1\) do not end with the 3 channels of the model; RGB has 3"),
+        (images()[:0], "the batch is empty"),
+    ],
+)
+def test_what_is_not_a_batch_of_normalised_images_is_refused(given, message):
+    for call in (model(), model().get_intermediate_layers, model().get_last_selfattention, jax.jit(model())):
+        with pytest.raises(ValueError, match=message):
+            call(given)
+
+
+@pytest.mark.parametrize("masks", [np.zeros((2, 23), bool), np.zeros((1, 24), bool), np.zeros((2, 24), np.float32)])
+def test_misshapen_masks_are_refused(masks):
+    with pytest.raises(ValueError, match=r"expected is bool of shape \(2, 24\), one for each image and patch"):
+        model(V2)(images(), masks)

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dinojax import UserError
-from experiments.data.decode import decode_rgb
+from dinojax.images.decode import decode_rgb
 from experiments.data.load import load_dataset
 
 COLOURS = np.array([[[200, 30, 40], [10, 220, 60], [50, 70, 240]], [[0, 0, 0], [128, 128, 128], [255, 255, 255]]])

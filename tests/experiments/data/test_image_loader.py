@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from dinojax import UserError
-from experiments.data.decode import decode_rgb
+from dinojax.images.decode import decode_rgb
+from dinojax.images.resize import resize_centre_crop, resize_square
 from experiments.data.folder import load_image_folder
 from experiments.data.loader import make_loader
 from experiments.data.splits import Split
-from experiments.data.squares import reduced, resize_centre_crop, resize_square
+from experiments.data.squares import reduced
 from experiments.finetuning.views import draw_crops, plain_views, training_views
 from tests.support import pillow_reference as reference
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinojax.images.resize import Resampling, resize_centre_crop
 from experiments.data.splits import Split
-from experiments.data.squares import Resampling, centre_cropped, load_square, resize_centre_crop
+from experiments.data.squares import centre_cropped, load_square
 
 
 @pytest.mark.parametrize("shape", [(40, 71), (71, 40), (13, 29), (28, 28), (8, 8)])

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from dinojax import UserError
+from dinojax.images.decode import decode_rgb, image_size
 from experiments.data import decode
-from experiments.data.decode import decode_rgb, image_size
 from tests.support.house import ROOT
 
 RAMP = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3) * 3

@@ -85,7 +85,7 @@ def decode_rgb(file: Path | io.BytesIO, name: str, *, draft: int | None = None) 
             if image.width * image.height > _LARGE_PIXELS and not getattr(_thread, "waited", False):
                 _ONE_LARGE.acquire()
                 _thread.waited = True
-            return _rgb(image, name)
+            return to_rgb(image, name)
     except UserError:
         raise
     except Exception as error:  # decoders raise whatever a damaged file makes them raise
@@ -107,7 +107,12 @@ def image_size(file: Path, name: str) -> tuple[int, int]:
         raise UserError(f"{name} is not a readable image ({_reason(error, name)}); replace or remove it") from error
 
 
-def _rgb(image: Image.Image, name: str) -> Pixels:
+def to_rgb(image: Image.Image, name: str) -> Pixels:
+    """An opened image of any mode as `decode_rgb` returns it; `name` is for messages.
+
+    Raises:
+        UserError: it has 32-bit or floating-point pixels, whose range is not known.
+    """
     image.load()  # Pillow turns TIFF files itself, and then forgets their orientation
     orientation = _orientation(image)
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
