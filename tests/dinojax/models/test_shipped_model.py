@@ -12,7 +12,9 @@ from converters import load_pretrained
 from converters.pretrained import fetch
 from dinojax import UserError
 from dinojax.models.files import named_parameters, shipped_folder
+from experiments.data.digits import load_digits
 from experiments.features.backbones import load_backbone
+from experiments.features.extractor import FeatureExtractor
 
 NAME = "dinojax_vitt"
 FOLDER = shipped_folder(NAME)
@@ -37,6 +39,18 @@ def test_it_brings_its_own_normalisation(tmp_path):
     source = json.loads((FOLDER / "config.json").read_text())["source"]
     assert backbone.normalisation == (tuple(source["mean"]), tuple(source["std"]))
     assert backbone.image_size == source["image_size"] == 32
+
+
+def test_preprocess_gives_the_features_of_the_commands(tmp_path):
+    """The commands resize and normalise on their own way, inside jit."""
+    backbone = load_backbone(NAME, seed=0, cache_dir=tmp_path)
+    split = load_digits().test.subset(np.arange(20))
+    options = {"normalisation": backbone.normalisation, "image_size": backbone.image_size, "cache_dir": tmp_path}
+    (features,) = FeatureExtractor(backbone.model, **options).extract([split])
+    images = dinojax.preprocess([split.read(i) for i in range(20)], backbone.model, size=None)
+    found = dinojax.embed(backbone.model, images)
+    np.testing.assert_allclose(found.cls, features.vectors(), atol=1e-6)
+    np.testing.assert_allclose(found.mean_patch, features.mean_patch, atol=1e-6)
 
 
 def test_its_card_tells_what_was_measured():
