@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ class Preprocessing:
     @property
     def resample(self) -> Resampling:
         """Pillow's name of the interpolation."""
-        return Resampling[self.interpolation.upper()]
+        return getattr(Resampling, self.interpolation.upper())
 
 
 class HasPreprocessing(Protocol):
@@ -200,7 +200,7 @@ def _checked(array: np.ndarray, name: str) -> Pixels:
         raise UserError(f"{name} has the shape {array.shape}, not height, width, channels; {hint}")
     array = np.broadcast_to(array, (*array.shape[:2], 3)) if array.shape[-1] == 1 else array[..., :3]
     if array.dtype == np.uint8:
-        return cast(Pixels, np.ascontiguousarray(array))
+        return np.ascontiguousarray(array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise UserError(f"{name} has pixels of {array.dtype}; pass uint8 (0–255) or floats (0–1)")
     array = np.ascontiguousarray(array, np.float32)
