@@ -4,9 +4,9 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -16,12 +16,16 @@ HASH = "document_sha256"
 FILES = "files_sha256"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under another name, flushes it to the disk, and renames it: `path` never holds half of it."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which becomes `path` at the end of the block: `path` never holds half of it.
+
+    It has another name, is flushed to the disk, and is then renamed; an exception removes it.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -29,6 +33,12 @@ def write_whole(path: Path, content: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all; see `whole_file`."""
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def flush_folder(folder: Path) -> None:
