@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,8 @@ class Preprocessing:
         UserError: a value of another type, or one that no model has.
     """
 
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
     image_size: int = 224
     patch_size: int = 14
     interpolation: str = "bicubic"
@@ -73,6 +73,7 @@ class Preprocessing:
         return getattr(Resampling, self.interpolation.upper())
 
 
+@runtime_checkable
 class HasPreprocessing(Protocol):
     """A model that carries its preprocessing."""
 
@@ -83,7 +84,7 @@ Photo = str | Path | Image.Image | np.ndarray | Array
 
 
 def preprocess(
-    images: Photo | Iterable[Photo],
+    images: Photo | Iterable,
     model: HasPreprocessing | Preprocessing | None = None,
     *,
     size: int | None = 224,
@@ -116,7 +117,7 @@ def preprocess(
     if len(spec.mean) != 3:
         raise UserError(f"the model takes {len(spec.mean)} channels, and photos have 3: prepare its images by hand")
 
-    def prepare(photo: tuple[int, Photo]) -> Pixels:
+    def prepare(photo: tuple[int, Any]) -> Pixels:
         with one_large_image():
             pixels = _pixels(photo[1], f"image {photo[0]}")
             if crop:
@@ -172,7 +173,7 @@ def _spec(model: HasPreprocessing | Preprocessing | None) -> Preprocessing:
     return found
 
 
-def _one_by_one(images: Photo | Iterable[Photo]) -> Iterable[Photo]:
+def _one_by_one(images: Photo | Iterable) -> Iterable:
     if isinstance(images, str | Path | Image.Image):
         return [images]
     if isinstance(images, np.ndarray | jax.Array):
@@ -181,7 +182,7 @@ def _one_by_one(images: Photo | Iterable[Photo]) -> Iterable[Photo]:
     return images
 
 
-def _pixels(photo: Photo, name: str) -> Pixels:
+def _pixels(photo: Any, name: str) -> Pixels:
     if isinstance(photo, str | Path):
         return decode_rgb(Path(photo).expanduser(), str(photo))
     if isinstance(photo, Image.Image):

@@ -146,7 +146,7 @@ def load(path: str | Path) -> VisionTransformer:
     try:
         config = ViTConfig(**document["config"])
         preprocessing = _preprocessing(document, config)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path / CONFIG_FILE} is not a model configuration ({error}); {_REMEDY}") from error
     digest = document.get("sha256")  # releases before 0.2: a hash of the weights, none of the configuration
     if digest is not None and sha256_of_file(path / WEIGHTS_FILE) != digest:
@@ -168,10 +168,10 @@ def read_source(path: str | Path) -> dict[str, Any]:
 
 def _preprocessing(document: Mapping[str, Any], config: ViTConfig) -> Preprocessing:
     """What is stored; before releases of 0.2, mean, deviation and size were among the words about the origin."""
-    if "preprocessing" in document:
-        return Preprocessing(**document["preprocessing"])
-    source = document.get("source")
-    kept = {name: source[name] for name in ("mean", "std", "image_size") if isinstance(source, dict) and name in source}
+    kept = document.get("preprocessing")
+    if kept is None:
+        source = document.get("source") or {}
+        kept = {name: source[name] for name in ("mean", "std", "image_size") if name in source}
     return dataclasses.replace(default_preprocessing(config), **kept)
 
 

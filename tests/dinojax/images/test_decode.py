@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from dinojax import UserError
+from dinojax.images import decode
 from dinojax.images.decode import decode_rgb, image_size
-from experiments.data import decode
 from tests.support.house import ROOT
 
 RAMP = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3) * 3
@@ -153,5 +153,5 @@ def test_only_one_thread_at_a_time_has_a_large_image(monkeypatch):
 
 def test_nothing_else_opens_images():
     """Pillow's `Image.open` would try every format that it knows, also those it starts programs for."""
-    files = (ROOT / "experiments").rglob("*.py")
+    files = [path for package in ("dinojax", "converters", "experiments") for path in (ROOT / package).rglob("*.py")]
     assert [file.name for file in files if "Image.open(" in file.read_text()] == ["decode.py"]
