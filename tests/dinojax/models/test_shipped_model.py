@@ -49,8 +49,8 @@ def test_preprocess_gives_the_features_of_the_commands(tmp_path):
     (features,) = FeatureExtractor(backbone.model, **options).extract([split])
     images = dinojax.preprocess([split.read(i) for i in range(20)], backbone.model, size=None)
     found = dinojax.embed(backbone.model, images)
-    np.testing.assert_allclose(found.cls, features.vectors(), atol=1e-6)
-    np.testing.assert_allclose(found.mean_patch, features.mean_patch, atol=1e-6)
+    for array, expected in ((found.cls, features.vectors()), (found.mean_patch, features.mean_patch)):
+        np.testing.assert_allclose(array, expected, rtol=0, atol=1e-6 * np.abs(expected).max())  # 5.6e-7 measured
 
 
 def test_its_card_tells_what_was_measured():
