@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 _TRAIN = """
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
@@ -50,6 +52,7 @@ print("trained")
 """
 
 
+@pytest.mark.slow  # compiles a pretraining and two fine-tuning steps in a process of its own
 def test_float32_networks_train_where_jax_computes_in_64_bits():
     done = subprocess.run(
         [sys.executable, "-W", "error::FutureWarning", "-c", _TRAIN],

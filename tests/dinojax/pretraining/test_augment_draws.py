@@ -198,6 +198,7 @@ for one, other in zip(spread, alone):
 """
 
 
+@pytest.mark.slow  # compiles the augmentation twice in a process of its own
 def test_the_number_of_devices_changes_nothing():
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", SPREAD_OVER_TWO_DEVICES], env=environment, capture_output=True)

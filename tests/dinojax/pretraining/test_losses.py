@@ -74,7 +74,8 @@ def test_the_loss_is_the_double_loop_over_pairs(global_crops, crops):
         np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("chunk", [3, 12])
+# slow: compiles as many losses again; with one chunk, the loop over chunks has a single turn
+@pytest.mark.parametrize("chunk", [3, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("global_crops", "crops"), COUNTS)
 def test_the_loss_in_chunks_is_the_double_loop_over_pairs(global_crops, crops, chunk):
     def plain(student, weight, teacher, center):

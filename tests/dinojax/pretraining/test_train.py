@@ -62,9 +62,9 @@ def plain_steps():
 @pytest.mark.parametrize(
     "options",
     [
-        # slow: compiles one more step; two micro-batches are tested below
+        # slow: each compiles one more step; two micro-batches are tested below
         pytest.param({"accumulation_steps": 3}, marks=pytest.mark.slow, id="{'accumulation_steps': 3}"),
-        {"remat": True},
+        pytest.param({"remat": True}, marks=pytest.mark.slow, id="{'remat': True}"),
         {"prototype_chunk": 8},
         {"prototype_chunk": 6, "accumulation_steps": 2},
     ],
@@ -101,8 +101,8 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
 
 
-# slow: compiles the loop of steps again, with drop path
-@pytest.mark.parametrize("drop_path_rate", [0.0, pytest.param(0.3, marks=pytest.mark.slow)])
+@pytest.mark.slow  # compiles a loop of steps and a single step, with and without drop path
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.3])
 def test_many_steps_from_pixels_are_single_ones(images, drop_path_rate):
     _, state, step = make(drop_path_rate)
     key = jax.random.key(7)
