@@ -12,43 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from converters.tensors import raise_unless_named, raise_unless_readable, to_numpy
+from converters.huggingface.names import from_hugging_face
+from converters.weight_files.tensors import raise_unless_named, raise_unless_readable, to_numpy
 from dinojax.errors import UserError
 
+_CLASSIFIER = "classifier."
 _WRAPPERS = ("model", "state_dict")
 _DEEPEST = 8  # dictionaries inside each other; a dictionary may hold itself
 _PREFIXES = {
-    "backbone": ("module.", "_orig_mod.", "backbone.", "dinov2.", "dinov2_with_registers."),
+    "backbone": ("module.", "_orig_mod.", "backbone.", "dinov2.", "dinov2_with_registers.", "vit."),
     "head": ("module.", "_orig_mod.", "head.", "dino_head."),
 }
 # Prefixes of other parts that a checkpoint may hold; anything else is reported as an extra tensor.
-_COMPANIONS = ("backbone.", "head.", "dino_head.", "ibot_head.", "dino_loss.", "ibot_patch_loss.", "classifier.")
-_POOLER = "pooler."  # Hugging Face's plain ViT has one; DINO was trained without
-
-_HUGGING_FACE = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        # DINOv2 (Dinov2Model) and DINO (ViTModel); files and modules of recent versions name some things differently.
-        (r"^embeddings\.position_embeddings$", "pos_embed"),
-        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-        (r"^embeddings\.", ""),
-        (r"^layernorm\.", "norm."),
-        (r"^(encoder\.layer|layers)\.", "blocks."),
-        (r"\.layernorm_before\.", ".norm1."),
-        (r"\.layernorm_after\.", ".norm2."),
-        (r"\.intermediate\.dense\.", ".mlp.fc1."),
-        (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-        (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-        (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
-        (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
-        (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
-        (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
-        (r"\.mlp\.weights_in\.", ".mlp.w12."),
-        (r"\.mlp\.(weights_out|down_proj)\.", ".mlp.w3."),
-    )
-]
-# Hugging Face stores these separately; upstream fuses them along the output axis in this order.
-_FUSED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.gate_proj", "mlp.up_proj")}
+_COMPANIONS = ("backbone.", "head.", "dino_head.", "ibot_head.", "dino_loss.", "ibot_patch_loss.", _CLASSIFIER)
 
 
 def part_of_checkpoint(checkpoint: Mapping[str, Any], *, part: str, which: str) -> dict[str, np.ndarray]:
@@ -70,8 +46,37 @@ def part_of_checkpoint(checkpoint: Mapping[str, Any], *, part: str, which: str) 
     raise_unless_readable(tensors)
     state = {name: to_numpy(name, tensor) for name, tensor in tensors.items()}
     if any(name.startswith("embeddings.") for name in state):
-        state = _from_hugging_face(state)
+        state = from_hugging_face(state)
     return _unchunk(state)
+
+
+def has_hugging_face_names(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a state dict is one of `transformers`."""
+    return any(re.match(r"(\w+\.)?embeddings\.", str(name)) for name in checkpoint)
+
+
+def with_mask_token(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict of `transformers`, with a mask token of zeros if it is a DINOv2 without one."""
+    names = [str(name) for name in checkpoint]
+    token = next((name for name in names if name.endswith("embeddings.cls_token")), "")
+    mask = token.removesuffix("cls_token") + "mask_token"
+    if not token or mask in names or not any(".layer_scale1." in name for name in names):
+        return checkpoint
+    raise_unless_readable({token: checkpoint[token]})
+    return {**checkpoint, mask: np.zeros((1, to_numpy(token, checkpoint[token]).size), np.float32)}
+
+
+def classifier_of_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The classifier beside a backbone of `transformers`: "weight" and "bias", in torch's layout; {} without one.
+
+    Raises:
+        UserError: a value is not a float tensor.
+    """
+    if not has_hugging_face_names(checkpoint):
+        return {}
+    tensors = {str(name): value for name, value in checkpoint.items() if str(name).startswith(_CLASSIFIER)}
+    raise_unless_readable(tensors)
+    return {name.removeprefix(_CLASSIFIER): to_numpy(name, tensor) for name, tensor in tensors.items()}
 
 
 def left_out(checkpoint: Mapping[str, Any], which: str) -> str | None:
@@ -132,22 +137,6 @@ def _strip(tensors: Mapping[str, Any], part: str, which: str) -> dict[str, Any]:
             raise UserError(f"two tensors of the checkpoint are named {min(twice)}, one of them {prefix}{min(twice)}")
         tensors = within | beside
     return tensors
-
-
-def _from_hugging_face(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    renamed = {}
-    for name, array in state.items():
-        if name.startswith(_POOLER):
-            continue
-        for pattern, replacement in _HUGGING_FACE:
-            name = pattern.sub(replacement, name)
-        renamed[name] = array
-    for fused, parts in _FUSED.items():
-        for name in [name for name in renamed if f".{parts[0]}." in name]:
-            names = [name.replace(parts[0], part) for part in parts]
-            if all(piece in renamed for piece in names):
-                renamed[name.replace(parts[0], fused)] = np.concatenate([renamed.pop(piece) for piece in names])
-    return renamed
 
 
 def _unchunk(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

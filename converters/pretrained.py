@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,19 @@ from jaxtyping import DTypeLike
 
 from converters.cache import cache_folder
 from converters.download import download, raise_unless_room
-from converters.hugging_face import num_heads_beside, preprocessing_beside, raise_unless_computed
-from converters.layouts import left_out
+from converters.exports.outputs import described_preprocessing
+from converters.huggingface.positions import Positions, difference_from_transformers, with_positions
+from converters.huggingface.settings import (
+    num_heads_beside,
+    preprocessing_beside,
+    raise_unless_computed,
+    read_settings,
+)
+from converters.layouts import classifier_of_checkpoint, has_hugging_face_names, left_out, with_mask_token
 from converters.sources import HOST, SOURCES
-from converters.state_dicts import import_torch, read_state_dict
 from converters.torch_to_flax import from_torch
+from converters.weight_files.optional import import_torch
+from converters.weight_files.state_dicts import read_state_dict
 from dinojax.documents import sha256_of_file
 from dinojax.errors import UserError
 from dinojax.models.files import is_model_folder, load, named_parameters, save, shipped_folder
@@ -32,6 +41,7 @@ def load_pretrained(
     weights: str | Path | None = None,
     cache_dir: str | Path | None = None,
     dtype: DTypeLike | None = None,
+    positions: Positions | None = None,
 ) -> VisionTransformer:
     """A published model by its torch.hub name, such as "dinov2_vits14", or "dinojax_vitt", which is in the package.
 
@@ -40,11 +50,14 @@ def load_pretrained(
 
     Args:
         name: a key of `dinojax.VARIANTS`.
-        weights: a local file instead of the download and the cache: `.pth`, `.safetensors`, a Hugging Face folder, or
-            a folder written by `dinojax.save`. It must have the architecture of `name`.
+        weights: a local file instead of the download and the cache: `.pth`, `.safetensors`, `.onnx`, a Hugging Face
+            folder, or a folder written by `dinojax.save`. It must have the architecture of `name`.
         cache_dir: folder of downloads and converted models; None takes `$DINOJAX_CACHE`, or else `~/.cache/dinojax`.
             `$DINOJAX_WEIGHTS_URL` names a mirror of https://dl.fbaipublicfiles.com.
         dtype: of the parameters and of the computation, such as jnp.bfloat16; None is float32.
+        positions: how the position table is resized to images of another size, see `converters.huggingface.positions`:
+            "hub" as in upstream's code, "huggingface" as in `transformers`. None is "hub", except that a folder written
+            by `dinojax.save` states its own.
 
     Returns:
         The model. It carries its preprocessing, see `dinojax.preprocess`.
@@ -54,7 +67,7 @@ def load_pretrained(
             values that are not finite; or torch is needed and missing.
     """
     variant(name)
-    model = _load(name, weights, cache_dir)
+    model = _positioned(_load(name, weights, cache_dir), positions)
     return model if dtype is None else model.astype(dtype)
 
 
@@ -98,8 +111,8 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
     except UserError as error:
         raise UserError(
             f"{name} is not in {cache_folder(cache_dir)} and its download failed: {error}. Other ways: get "
-            f"{source.url} on another machine and pass the file (weights=FILE, --weights FILE), or set "
-            "DINOJAX_WEIGHTS_URL to a mirror"
+            f"{source.url} on another machine and pass the file (weights=FILE, --weights FILE), set "
+            "DINOJAX_WEIGHTS_URL to a mirror, or take the small model in the package (--weights dinojax_vitt)"
         ) from error
 
 
@@ -127,35 +140,88 @@ def read_model(
     *,
     num_heads: int | None = None,
     which: str = "teacher",
-    say: Callable[[str], object] = lambda _: None,
+    positions: Positions | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> VisionTransformer:
-    """Reads a model from a PyTorch file, a Hugging Face folder, or a folder written by `dinojax.save`.
+    """Reads a model from a PyTorch or ONNX file, a Hugging Face folder, or a folder written by `dinojax.save`.
 
     Args:
         path: of the file or folder.
         num_heads: number of attention heads; None takes it from the `config.json` beside the weights, or else one head
             per 64 channels.
         which: the network to take from a training checkpoint.
-        say: gets a sentence if the file holds several networks, such as "model" and "model_ema".
+        positions: how the position table is resized to images of another size, as for `load_pretrained`.
+        say: gets a sentence for each choice that was made: which of several networks was taken, that a classifier was
+            left out, how positions are resized. With None, Python warns of a classifier and is silent on the others.
 
     Raises:
         UserError: there is no such file, or it cannot be used.
     """
     path = Path(path).expanduser()
-    return load(path) if is_model_folder(path) else read_file(path, num_heads=num_heads, which=which, say=say)[1]
+    if is_model_folder(path):
+        return _positioned(load(path), positions)
+    tensors, model = read_file(path, num_heads=num_heads, which=which, positions=positions)
+    tell_choices(path, tensors, model, which=which, positions=positions, say=say)
+    return model
 
 
 def read_file(
-    path: Path, *, num_heads: int | None, which: str, say: Callable[[str], object]
+    path: Path, *, num_heads: int | None = None, which: str = "teacher", positions: Positions | None = None
 ) -> tuple[Mapping[str, Any], VisionTransformer]:
     """The tensors of a file or a Hugging Face folder as stored, and the converted model; see `read_model`."""
-    state_dict = read_state_dict(path)
-    model = convert(state_dict, str(path), num_heads=num_heads or num_heads_beside(path), which=which)
+    tensors, heads = _read_tensors(path, num_heads)
+    model = _positioned(convert(tensors, str(path), num_heads=heads, which=which), positions)
     raise_unless_computed(path, model)
-    model.preprocessing = dataclasses.replace(model.preprocessing, **preprocessing_beside(path))
-    if note := left_out(state_dict, which):
-        say(f"{path}: {note}")
-    return state_dict, model
+    stated = preprocessing_beside(path) | (described_preprocessing(path) if path.suffix == ".onnx" else {})
+    model.preprocessing = dataclasses.replace(model.preprocessing, **stated)
+    return tensors, model
+
+
+def tell_choices(
+    path: Path,
+    tensors: Mapping[str, Any],
+    model: VisionTransformer,
+    *,
+    which: str,
+    positions: Positions | None,
+    say: Callable[[str], object] | None,
+) -> None:
+    """Says what `read_model` chose; see there."""
+    if classifier_of_checkpoint(tensors):
+        note = f"{path}: its classifier is left out; converters.load_classifier returns the model and the classifier"
+        say(note) if say else warnings.warn(note, stacklevel=4)
+    if say is None:
+        return
+    if network := left_out(tensors, which):
+        say(f"{path}: {network}")
+    difference = difference_from_transformers(model.config)
+    if positions is None and difference and has_hugging_face_names(tensors):
+        say(f'{path}: {difference}; --positions huggingface, in Python positions="huggingface", does as transformers')
+
+
+def _read_tensors(path: Path, num_heads: int | None) -> tuple[Mapping[str, Any], int | None]:
+    """The tensors of a file or folder, and the number of attention heads as far as it is known.
+
+    Hugging Face's DINOv2 may come without a mask token, which only masked images need: then it becomes zero.
+    """
+    heads = num_heads or num_heads_beside(path)
+    if path.suffix != ".onnx":
+        tensors = read_state_dict(path)
+        return (with_mask_token(tensors) if read_settings(path).get("use_mask_token") is False else tensors), heads
+    from converters.weight_files.onnx_files import read_onnx
+
+    tensors, in_graph = read_onnx(path)
+    if heads and in_graph and heads != in_graph:
+        raise UserError(
+            f"{path} computes with {in_graph} attention heads, not with {heads} as --num-heads or config.json say"
+        )
+    return with_mask_token(tensors), in_graph or heads
+
+
+def _positioned(model: VisionTransformer, positions: Positions | None) -> VisionTransformer:
+    if positions is not None:
+        model.config = with_positions(model.config, positions)
+    return model
 
 
 def convert(
@@ -216,8 +282,11 @@ def _load_cached(folder: Path, name: str) -> VisionTransformer:
 
 
 def raise_unless_architecture(model: VisionTransformer, name: str, label: str) -> None:
-    """Refuses a model whose architecture is not that of `name`; drop path belongs to the training, so it may differ."""
-    free = ("drop_path_rate", "drop_path_uniform")
+    """Refuses a model whose architecture is not that of `name`.
+
+    Drop path belongs to the training, and resizing of positions is a choice, so they may differ.
+    """
+    free = ("drop_path_rate", "drop_path_uniform", "interpolate_antialias", "interpolate_offset")
     given, wanted = (dataclasses.asdict(config) for config in (model.config, VARIANTS[name]))
     differing = [key for key in wanted if key not in free and given[key] != wanted[key]]
     if not differing:

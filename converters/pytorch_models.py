@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from converters.download import reachable
+from converters.huggingface.folder import model_settings
+from converters.huggingface.names import to_hugging_face
+from converters.huggingface.positions import with_positions
 from converters.layouts import part_of_checkpoint
-from converters.state_dicts import import_torch
+from converters.weight_files.optional import import_torch
 from dinojax.errors import UserError
 from dinojax.models.variants import VARIANTS
 from dinojax.models.vit import ViTConfig
@@ -26,25 +29,8 @@ _HUB: dict[str | None, str] = {
     "dino": "facebookresearch/dino:7c446df5b9f45747937fb0d72314eb9f7b66930a",
     "dinov2": "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0",
 }
-# Official names → those of Hugging Face's files, which every version of transformers reads. DINO is a plain ViT there.
-_TO_HUGGING_FACE = (
-    (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
-    (r"^pos_embed$", "embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-    (r"^norm\.", "layernorm."),
-    (r"^blocks\.", "encoder.layer."),
-    (r"\.attn\.proj\.", ".attention.output.dense."),
-    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
-    (r"\.mlp\.w12\.", ".mlp.weights_in."),
-    (r"\.mlp\.w3\.", ".mlp.weights_out."),
-)
-_TO_PLAIN_VIT = (
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
-)
 
+_NOT_COMPARED = re.compile(r"^(\w+\.)?(classifier|pooler)\.")
 Outputs = dict[str, np.ndarray]
 
 
@@ -104,48 +90,21 @@ def transformers_reference(config: ViTConfig, checkpoint: Mapping[str, Any], whi
 
 def _hugging_face_model(transformers: Any, config: ViTConfig) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     """Class, configuration, arguments of the constructor, arguments of the call."""
-    hidden_dim = round(config.mlp_ratio * config.embed_dim)
-    if config.family == "dinov2" and hidden_dim % config.embed_dim:
-        raise UserError(
-            f"transformers' DINOv2 takes whole mlp_ratio only, not {config.mlp_ratio}: it cannot verify this"
-        )
-    common = {
-        "hidden_size": config.embed_dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
-        "image_size": config.img_size,
-        "patch_size": config.patch_size,
-        "num_channels": config.in_chans,
-        "qkv_bias": config.qkv_bias,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "attn_implementation": "eager",  # the others return no attention
-    }
+    settings = model_settings(config)
+    kind = getattr(transformers, settings["architectures"][0])
+    eager = {"attn_implementation": "eager"}  # the others return no attention
+    torch_config = transformers.AutoConfig.for_model(**settings, **eager)
     if config.family == "dino":
-        plain = transformers.ViTConfig(**common, intermediate_size=hidden_dim)
-        return transformers.ViTModel, plain, {"add_pooling_layer": False}, {"interpolate_pos_encoding": True}
-    common |= {"mlp_ratio": hidden_dim // config.embed_dim, "use_swiglu_ffn": config.ffn_layer == "swiglufused"}
-    if not config.num_register_tokens:
-        return transformers.Dinov2Model, transformers.Dinov2Config(**common), {}, {}
-    registers = transformers.Dinov2WithRegistersConfig(**common, num_register_tokens=config.num_register_tokens)
-    return transformers.Dinov2WithRegistersModel, registers, {}, {}
+        return kind, torch_config, {"add_pooling_layer": False}, {"interpolate_pos_encoding": True}
+    return kind, torch_config, {}, {}
 
 
 def _hugging_face_state(config: ViTConfig, checkpoint: Mapping[str, Any], which: str) -> dict[str, Any]:
-    """Tensors under Hugging Face's names; a file that already has them is used as it is."""
+    """Tensors under Hugging Face's names; a file that already has them is used as it is, without a head."""
     if any("embeddings." in str(name) for name in checkpoint):
-        return {name: _tensor(value) for name, value in checkpoint.items()}
-    renames = _TO_HUGGING_FACE + (_TO_PLAIN_VIT if config.family == "dino" else ())
-    renamed = {}
-    for name, array in part_of_checkpoint(checkpoint, part="backbone", which=which).items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        if ".attn.qkv." not in name:
-            renamed[name] = _tensor(array)
-            continue
-        for part, piece in zip(("query", "key", "value"), np.split(array, 3)):
-            renamed[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = _tensor(piece)
-    return renamed
+        return {name: _tensor(value) for name, value in checkpoint.items() if not _NOT_COMPARED.search(name)}
+    state = part_of_checkpoint(checkpoint, part="backbone", which=which)
+    return {name: _tensor(array) for name, array in to_hugging_face(state, config.family).items()}
 
 
 def _tensor(value: Any) -> Any:
@@ -164,6 +123,7 @@ def _import_transformers() -> Any:
 def hub_reference(config: ViTConfig, checkpoint: Mapping[str, Any], which: str) -> Reference | str:
     """Upstream's model with these tensors, or the reason why it is left out."""
     torch = import_torch()
+    config = with_positions(config, "hub")
     name = next((name for name, variant in VARIANTS.items() if variant == config), None)
     if name is None or "vitt" in name:
         return "torch.hub has no model of this architecture"

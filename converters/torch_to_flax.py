@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
+from converters.huggingface.positions import with_positions
 from converters.layouts import part_of_checkpoint
 from dinojax.errors import UserError
 from dinojax.models.files import Network, abstract_model, raise_unless_same, with_parameters
@@ -163,7 +164,7 @@ def infer_config(state: Mapping[str, np.ndarray], num_heads: int | None = None) 
     side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     only_v2 = {"mask_token", "register_tokens", "blocks.0.ls1.gamma", "blocks.0.mlp.w12.weight"}
-    return ViTConfig(
+    config = ViTConfig(
         img_size=side * patch_size,
         patch_size=patch_size,
         embed_dim=embed_dim,
@@ -173,11 +174,10 @@ def infer_config(state: Mapping[str, np.ndarray], num_heads: int | None = None) 
         qkv_bias="blocks.0.attn.qkv.bias" in state,
         init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
         num_register_tokens=registers,
-        interpolate_antialias=registers > 0,
-        interpolate_offset=0.0 if registers else 0.1,
         in_chans=in_chans,
         family="dinov2" if only_v2 & set(state) else "dino",
     )
+    return with_positions(config, "hub")
 
 
 def _depth(state: Mapping[str, np.ndarray]) -> int:

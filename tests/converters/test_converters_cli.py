@@ -13,7 +13,7 @@ from converters import __main__ as command
 from converters import verify
 from converters.pretrained import convert
 from converters.sources import Source
-from converters.state_dicts import read_state_dict
+from converters.weight_files.state_dicts import read_state_dict
 from tests.support.http_files import serving
 from tests.support.tiny_weights import TINY_V1, TINY_V2, official_state, torch_bytes
 

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 import dinojax
 from converters import pretrained
-from converters.state_dicts import read_state_dict
+from converters.weight_files.state_dicts import read_state_dict
 from dinojax import VARIANTS, UserError
 from dinojax.images.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from experiments.features.backbones import load_backbone

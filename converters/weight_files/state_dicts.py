@@ -12,7 +12,8 @@ from typing import Any
 
 import safetensors
 
-from converters.harmless import HARMLESS
+from converters.weight_files.harmless import HARMLESS
+from converters.weight_files.optional import import_torch
 from dinojax.errors import UserError
 
 _SAFETENSORS = "model.safetensors"
@@ -40,8 +41,8 @@ def read_state_dict(path: str | Path) -> Mapping[str, Any]:
 
     Args:
         path: `.safetensors`; any other file is read by `torch.load(weights_only=True)`, which also admits what
-            training checkpoints hold besides tensors (`converters.harmless`); a folder with `model.safetensors` (or
-            its shards) or `pytorch_model.bin`.
+            training checkpoints hold besides tensors (`converters.weight_files.harmless`); a folder with
+            `model.safetensors` (or its shards) or `pytorch_model.bin`.
 
     Returns:
         Name → array (safetensors) or torch tensor, nested as in the file.
@@ -153,12 +154,3 @@ def _check_archive(path: Path) -> None:
         raise UserError(f"{path} is damaged or cut off; download it again") from error
     if broken is not None:
         raise UserError(f"{path} is damaged (the CRC-32 of {broken} is not the stored one); download it again")
-
-
-def import_torch() -> Any:
-    """The torch module, or a `UserError` that says how to get it."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError("PyTorch's weight files need torch: pip install 'dinojax[torch]'") from error
-    return torch

@@ -8,7 +8,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from converters.state_dicts import import_torch
+from converters.weight_files.optional import import_torch
 from dinojax.errors import UserError
 
 SUFFIXES = (".pth", ".safetensors")

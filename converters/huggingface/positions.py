@@ -1,0 +1,42 @@
+"""How a model resizes its position table to images of another size: as upstream's code, or as `transformers`.
+
+Upstream's DINO and plain DINOv2 resize by a factor that is 0.1 patch larger (`torch.hub`); `transformers` resizes them
+to the exact size. Models with registers are resized with smoothing and to the exact size by both. At the size of the
+table there is no difference.
+"""
+
+import dataclasses
+from typing import Literal
+
+from dinojax.errors import require
+from dinojax.models.vit import ViTConfig
+
+Positions = Literal["hub", "huggingface"]
+_CHOICES = ("hub", "huggingface")
+_UPSTREAM_OFFSET = 0.1
+
+
+def with_positions(config: ViTConfig, positions: str) -> ViTConfig:
+    """The same architecture with a convention.
+
+    Args:
+        config: of any model.
+        positions: "hub" for that of upstream's code, "huggingface" for that of `transformers`.
+
+    Raises:
+        UserError: another word.
+    """
+    require(positions in _CHOICES, "positions", positions, " or ".join(map(repr, _CHOICES)))
+    smoothed = config.num_register_tokens > 0
+    offset = _UPSTREAM_OFFSET if positions == "hub" and not smoothed else 0.0
+    return dataclasses.replace(config, interpolate_antialias=smoothed, interpolate_offset=offset)
+
+
+def difference_from_transformers(config: ViTConfig) -> str | None:
+    """One sentence if `transformers` resizes the position table of this model in another way; None if not."""
+    if with_positions(config, "huggingface") == config:
+        return None
+    return (
+        f"positions are resized as in upstream's code, with its +0.1; transformers resizes without it, so at other "
+        f"sizes than {config.img_size} px its outputs differ by up to 1e-2"
+    )

@@ -1,0 +1,1 @@
+"""Weight files into named tensors: PyTorch, safetensors, ONNX; nothing that a file holds is run."""

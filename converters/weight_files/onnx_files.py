@@ -1,0 +1,206 @@
+"""ONNX exports of DINO and DINOv2, as `torch.onnx` and optimum write them, read back into named tensors.
+
+An export keeps the names of vectors and convolutions. It folds the weights of linear layers into transposed matrices
+under names such as `onnx::MatMul_123`: the bias that is added to the product says whose weight it is. Nothing is
+computed but transposes, and arrays are bounded by the bytes that are in the file.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from converters.weight_files.optional import import_onnx
+from dinojax.errors import UserError
+
+_LARGEST = 2**31  # bytes of a protobuf
+_PARAMETER = re.compile(r"^(\w+\.)?(embeddings|encoder\.layer|layers|layernorm|classifier|pooler)\.[\w.]+$")
+_DTYPES = {1: np.dtype("<f4"), 10: np.dtype("<f2"), 11: np.dtype("<f8"), 16: None}  # TensorProto.DataType; 16: bfloat16
+_PASSED_ON = ("Identity", "Cast")
+_QUANTISED = ("DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "MatMulNBits")
+_DEEPEST = 16
+_EPSILON = 1e-6  # of every LayerNorm in DINO and DINOv2
+
+
+class OnnxWeights(NamedTuple):
+    """The tensors under Hugging Face's names in torch's layout, and the number of attention heads where it is found."""
+
+    tensors: dict[str, np.ndarray]
+    num_heads: int | None
+
+
+def read_onnx(path: Path) -> OnnxWeights:
+    """Reads the parameters of an ONNX file.
+
+    Raises:
+        UserError: there is no such file; it is damaged, too large, quantised or no export of DINO or DINOv2; or the
+            package onnx is missing.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; name an .onnx file")
+    if path.stat().st_size >= _LARGEST:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, and an ONNX file holds less than {_LARGEST:,}")
+    onnx = import_onnx()
+    try:
+        graph = onnx.load_model(str(path), format="protobuf", load_external_data=False).graph
+    except Exception as error:  # protobuf's own classes, which differ between its versions
+        raise UserError(f"{path} is damaged or not an ONNX file ({error!s:.80}); download it again") from error
+    reader = _Reader(path, graph)
+    reader.raise_unless_float()
+    tensors = reader.parameters()
+    if not tensors:
+        raise UserError(f"{path} has no tensors under Hugging Face's names, such as embeddings.cls_token")
+    return OnnxWeights(tensors, reader.num_heads(tensors))
+
+
+class _Reader:
+    """A graph: who makes which value, and who takes it."""
+
+    def __init__(self, path: Path, graph: Any):
+        self.path, self.nodes = path, list(graph.node)
+        self.stored = {tensor.name: tensor for tensor in graph.initializer}
+        for node in self.nodes:
+            if node.op_type == "Constant" and len(node.output) == 1:
+                self.stored |= {name: a.t for a in node.attribute for name in node.output if a.name == "value"}
+        self.makers = {output: node for node in self.nodes for output in node.output}
+        self.files: dict[str, int] = {}  # external files and their sizes
+        self.read = 0  # bytes of them
+        self.takers: dict[str, list[Any]] = {}
+        for node in self.nodes:
+            for name in node.input:
+                self.takers.setdefault(name, []).append(node)
+
+    def raise_unless_float(self) -> None:
+        """Refuses quantised graphs, and those that compute another model."""
+        kinds = {node.op_type for node in self.nodes}
+        if found := sorted(kinds.intersection(_QUANTISED)):
+            raise UserError(f"{self.path} is quantised ({found[0]}); take the export in float32, such as model.onnx")
+        for node in self.nodes:
+            values = {attribute.name: attribute for attribute in node.attribute}
+            if node.op_type == "LayerNormalization" and "epsilon" in values and values["epsilon"].f > _EPSILON * 1.001:
+                raise UserError(f"{self.path} computes LayerNorm with epsilon {values['epsilon'].f:g} instead of 1e-06")
+            if node.op_type == "Gelu" and "approximate" in values and values["approximate"].s != b"none":
+                raise UserError(f"{self.path} computes an approximate GELU; DINO and DINOv2 have the exact one")
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Hugging Face's name → array in torch's layout."""
+        matrices = dict(self._linear_layers())
+        taken = {stored for stored, _ in matrices.values()}
+        found = {name: self._array(name) for name in self.stored if _PARAMETER.match(name) and name not in taken}
+        for name, (stored, transposed) in matrices.items():
+            array = self._array(stored)
+            if array.ndim != 2:
+                raise UserError(f"{self.path}: the weight {name} has {array.ndim} axes, and a linear layer has 2")
+            found[name] = np.ascontiguousarray(array.T if transposed else array)
+        return found
+
+    def _linear_layers(self) -> Iterator[tuple[str, tuple[str, bool]]]:
+        """Name of a weight → name of the stored tensor, and whether it is transposed to torch's layout there."""
+        seen = set()
+        for node in self.nodes:
+            if node.op_type not in ("MatMul", "Gemm") or len(node.input) < 2:
+                continue
+            stored, turned = self._stored_matrix(node.input[1])
+            name = self._name_of_layer(node, stored)
+            if stored is None or name is None:
+                continue
+            if name in seen:
+                raise UserError(f"{self.path} has two matrices for {name}")
+            seen.add(name)
+            rows_are_inputs = not _flag(node, "transB") if node.op_type == "Gemm" else True
+            yield name, (stored, rows_are_inputs != turned)
+
+    def _stored_matrix(self, name: str) -> tuple[str | None, bool]:
+        """The stored tensor behind a value, and whether it is transposed on the way."""
+        turned = False
+        for _ in range(_DEEPEST):
+            if name in self.stored:
+                return name, turned
+            node = self.makers.get(name)
+            if node is None or len(node.input) != 1 or node.op_type not in (*_PASSED_ON, "Transpose"):
+                return None, turned
+            turned ^= node.op_type == "Transpose"
+            name = node.input[0]
+        return None, turned
+
+    def _name_of_layer(self, node: Any, stored: str | None) -> str | None:
+        """The weight's name: from the bias, else its own, else from the node, which torch names after the module."""
+        biases = list(node.input[2:3])
+        for taker in self.takers.get(node.output[0], []):
+            biases += [name for name in taker.input if name != node.output[0]] if taker.op_type == "Add" else []
+        for bias in biases:
+            source, _ = self._stored_matrix(bias)
+            if source and _PARAMETER.match(source) and source.endswith(".bias"):
+                return f"{source.removesuffix('.bias')}.weight"
+        if stored and _PARAMETER.match(stored) and stored.endswith(".weight"):
+            return stored
+        name = f"{node.name.strip('/').removesuffix('/MatMul').replace('/', '.')}.weight"
+        return name if stored and _PARAMETER.match(name) else None
+
+    def num_heads(self, tensors: Mapping[str, np.ndarray]) -> int | None:
+        """From the shape that the first query is split into, whose last axis has the channels of a head."""
+        bias = next((n for n in tensors if re.search(r"\.0\.attention\.(attention\.query|q_proj)\.bias$", n)), "")
+        for node in self.takers.get(bias, []):
+            for taker in self.takers.get(node.output[0], []) if node.op_type in ("Add", "Gemm") else []:
+                channels = self._last_of_shape(taker.input[1]) if taker.op_type == "Reshape" else None
+                if channels and channels > 0 and tensors[bias].size % channels == 0:
+                    return tensors[bias].size // channels
+        return None
+
+    def _last_of_shape(self, name: str) -> int | None:
+        node = self.makers.get(name)
+        if name not in self.stored and node is not None and node.op_type == "Concat" and node.input:
+            name = node.input[-1]
+        tensor = self.stored.get(name)
+        if tensor is None or tensor.data_type != 7 or len(tensor.dims) != 1 or not 0 < tensor.dims[0] <= 8:
+            return None
+        values = np.frombuffer(tensor.raw_data, "<i8") if tensor.raw_data else np.array(tensor.int64_data)
+        return int(values[-1]) if len(values) == tensor.dims[0] else None
+
+    def _array(self, name: str) -> np.ndarray:
+        """The values of a stored tensor, once its shape agrees with the bytes that are there."""
+        tensor = self.stored[name]
+        if tensor.data_type not in _DTYPES:
+            raise UserError(f"{self.path}: {name} does not hold floating-point numbers (ONNX type {tensor.data_type})")
+        dtype, shape = _DTYPES[tensor.data_type], tuple(tensor.dims)
+        width = dtype.itemsize if dtype else 2
+        count = 1
+        for side in shape:
+            count *= side if side >= 0 else 0
+        stored = self._external(name, tensor) if tensor.data_location == 1 else tensor.raw_data
+        if not stored and dtype and (tensor.float_data or tensor.double_data):
+            stored = np.array(tensor.float_data or tensor.double_data, dtype).tobytes()
+        if len(stored) != count * width or 0 in shape:
+            raise UserError(
+                f"{self.path}: {name} claims {count * width:,} bytes {shape} of which {len(stored):,} are stored"
+            )
+        if dtype:
+            return np.frombuffer(stored, dtype).reshape(shape)
+        return (np.frombuffer(stored, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+
+    def _external(self, name: str, tensor: Any) -> bytes:
+        """Bytes in a file beside the model; never in another folder."""
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        file = self.path.parent / location
+        # Caches link to files with other names: the links may lead to where the model's own link leads.
+        folders = (self.path.parent.resolve(), self.path.resolve().parent)
+        if Path(location).name != location or not file.is_file() or file.resolve().parent not in folders:
+            raise UserError(f"{self.path}: {name} is said to be in {location!r:.80}, which is no file in its folder")
+        try:
+            size = self.files[location] = file.stat().st_size
+            offset, length = int(entries.get("offset") or 0), int(entries.get("length") or size)
+            self.read += length
+            if offset < 0 or length < 0 or offset + length > size or self.read > sum(self.files.values()):
+                raise ValueError(f"{size:,} bytes, of which {length:,} from {offset:,} are wanted")
+            with file.open("rb") as opened:
+                opened.seek(offset)
+                return opened.read(length)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: {name} cannot be read from {location} ({error!s:.80})") from error
+
+
+def _flag(node: Any, name: str) -> bool:
+    return any(attribute.name == name and attribute.i for attribute in node.attribute)
