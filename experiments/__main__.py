@@ -17,6 +17,7 @@ COMMANDS = {
     "probe": ("experiments.cifar10_probe", "nine classifiers on frozen features, in one table"),
     "predict": ("experiments.predict", "classify images with the classifiers of an earlier run"),
     "evaluate": ("experiments.evaluate", "k-NN, linear and few-shot accuracy of a trained network"),
+    "embed": ("experiments.embed", "features of every photo in a folder, as a table"),
     "visualize": ("experiments.visualize", "attention, patch PCA and patch similarity of photos"),
     "finetune": ("experiments.finetune_folder", "train a classifier on a folder of images"),
     "pretrain": ("experiments.pretrain", "train DINO from scratch on images without labels"),

@@ -77,6 +77,7 @@ def test_commands_never_import_each_other():
         ["-m", "experiments.dino_tinyimagenet", "--help"],
         ["-m", "experiments.pretrain", "--help"],
         ["-m", "experiments.finetune_folder", "--help"],
+        ["-m", "experiments.embed", "--help"],
         ["-m", "experiments.visualize", "--help"],
         ["-m", "experiments.evaluate", "--help"],
         ["-m", "experiments.stl10_transfer", "--help"],

@@ -155,7 +155,7 @@ def damaged(path: Path, reason: str) -> UserError:
 
 def not_a_table(path: Path) -> UserError:
     """The error about a file that `dinojax embed` did not write."""
-    return UserError(f"{path} is not a table of embeddings; dinojax embed writes one")
+    return UserError(f"{path} is not an embedding file; dinojax embed writes one")
 
 
 def _column(stated: Mapping[str, Any], rows: int) -> Column:

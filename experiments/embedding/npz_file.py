@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +50,7 @@ def read_document(path: Path) -> Found:
     with _opened(path) as archive:
         if f"{DOCUMENT}.npy" not in archive.namelist():
             raise not_a_table(path)
-        with archive.open(f"{DOCUMENT}.npy") as entry:
+        with _stored(archive, path, DOCUMENT) as entry:
             dtype, shape = _read_header(entry)
             if dtype.kind != "U" or shape or dtype.itemsize > min(_MOST_DOCUMENT, path.stat().st_size):
                 raise not_a_table(path)
@@ -66,17 +66,22 @@ def read_columns(path: Path, layout: Layout, names: Sequence[str]) -> dict[str, 
     found: dict[str, Any] = {}
     with _opened(path) as archive:
         for name in names:
-            if f"{name}.npy" not in archive.namelist():
-                raise damaged(path, f"it lacks the column {name}")
-            info = archive.getinfo(f"{name}.npy")
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise damaged(path, "another program has compressed its columns")
-            with archive.open(info) as entry:
+            with _stored(archive, path, name) as entry:
                 found[name] = _read_column(entry, path, layout, name)
     return found
 
 
-def _read_column(entry: IO[bytes], path: Path, layout: Layout, name: str) -> Any:
+def _stored(archive: zipfile.ZipFile, path: Path, name: str) -> Any:
+    """An opened entry, which could unpack to any size if it were compressed."""
+    if f"{name}.npy" not in archive.namelist():
+        raise damaged(path, f"it lacks the column {name}")
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise damaged(path, "another program has compressed its columns")
+    return archive.open(info)
+
+
+def _read_column(entry: Any, path: Path, layout: Layout, name: str) -> Any:
     dtype, shape = _read_header(entry)
     if name == PATHS:
         if dtype.kind != "U" or shape != (layout.rows,) or layout.rows * dtype.itemsize > path.stat().st_size:
@@ -90,7 +95,7 @@ def _read_column(entry: IO[bytes], path: Path, layout: Layout, name: str) -> Any
     return array.tolist() if name == PATHS else array
 
 
-def _fill(entry: IO[bytes], array: np.ndarray) -> None:
+def _fill(entry: Any, array: np.ndarray) -> None:
     """Reads to the end, where zipfile compares the checksum."""
     rest = memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
     while piece := entry.read(_PIECE):
@@ -101,16 +106,16 @@ def _fill(entry: IO[bytes], array: np.ndarray) -> None:
 
 
 @contextmanager
-def _entry(archive: zipfile.ZipFile, name: str) -> Iterator[IO[bytes]]:
+def _entry(archive: zipfile.ZipFile, name: str) -> Iterator[Any]:
     with archive.open(zipfile.ZipInfo(f"{name}.npy", _DATE), "w", force_zip64=True) as entry:
         yield entry
 
 
-def _write_header(entry: IO[bytes], dtype: str, shape: tuple[int, ...]) -> None:
+def _write_header(entry: Any, dtype: str, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(entry, {"descr": dtype, "fortran_order": False, "shape": shape})
 
 
-def _read_header(entry: IO[bytes]) -> tuple[np.dtype, tuple[int, ...]]:
+def _read_header(entry: Any) -> tuple[np.dtype, tuple[int, ...]]:
     if np.lib.format.read_magic(entry) != (1, 0):
         raise ValueError("its arrays are of another version")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(entry)

@@ -2,12 +2,17 @@
 
 Rows come and go in groups of some megabytes. Numbers are stored as they are, neither compressed nor by a dictionary:
 they hardly shrink, and a file cannot hold more rows than its size allows.
+
+The footer, which says where everything is, has a SHA-256 of its own: pyarrow may abort the process when the footer is
+damaged.
 """
 
+import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -33,6 +38,10 @@ if TYPE_CHECKING:
 
 _GROUP_BYTES = 2**25
 _SIDES = ("height", "width")
+_FOOTER = b"dinojax_footer_sha256"
+_HEX_DIGITS = 64
+# In the footer: the key; a field of bytes, 64 of them. Source: Thrift's compact protocol.
+_FOOTER_MARK, _MAGIC = _FOOTER + bytes([0x18, _HEX_DIGITS]), b"PAR1"
 _PLAIN = {"PLAIN", "RLE", "BIT_PACKED"}  # the last two are of the levels of lists
 
 
@@ -43,15 +52,26 @@ def write(path: Path, layout: Layout, chunks: Chunks) -> None:
 
     schema, seal = _schema(layout), Seal(layout)
     options: dict[str, Any] = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
-    with whole_file(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
-        for group in _groups(chunks((PATHS, *layout.columns))):
-            batches = []
-            for chunk in group:
-                seal.add(chunk)
-                batches.append(_batch(chunk, schema))
-            table = pa.Table.from_batches(batches, schema)
-            writer.write_table(table, row_group_size=max(1, len(table)))
-        writer.add_key_value_metadata({DOCUMENT: seal.document()})
+    with whole_file(path) as file:
+        with pq.ParquetWriter(file, schema, **options) as writer:
+            for group in _groups(chunks((PATHS, *layout.columns))):
+                batches = []
+                for chunk in group:
+                    seal.add(chunk)
+                    batches.append(_batch(chunk, schema))
+                table = pa.Table.from_batches(batches, schema)
+                writer.write_table(table, row_group_size=max(1, len(table)))
+            writer.add_key_value_metadata({DOCUMENT: seal.document(), _FOOTER.decode(): "0" * _HEX_DIGITS})
+        seal_footer(file)
+
+
+def seal_footer(file: BinaryIO) -> None:
+    """Writes the hash of the footer into the footer of a complete file, in the place of zeros."""
+    start, footer = _footer(file)
+    place = footer.index(_FOOTER_MARK) + len(_FOOTER_MARK)
+    file.seek(start + place)
+    file.write(_hash(footer, place).encode())
+    file.seek(0, os.SEEK_END)
 
 
 def read_document(path: Path) -> Found:
@@ -85,6 +105,38 @@ def read_columns(path: Path, layout: Layout, names: Sequence[str]) -> dict[str, 
                     found[name][rows] = _numbers(table, name).reshape(-1, *layout.columns[name].shape)
             start = rows.stop
         return found
+
+
+def _footer(file: BinaryIO) -> tuple[int, bytes]:
+    """Where the footer starts, and the footer.
+
+    Raises:
+        ValueError: it is not a Parquet file.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 8))
+    tail = file.read(8)
+    start = size - 8 - int.from_bytes(tail[:4], "little")
+    if tail[4:] != _MAGIC or start < len(_MAGIC):
+        raise ValueError("it is not a Parquet file")
+    file.seek(start)
+    return start, file.read(size - 8 - start)
+
+
+def _hash(footer: bytes, place: int) -> str:
+    """The hash of a footer that has zeros where the hash is."""
+    return hashlib.sha256(footer[:place] + b"0" * _HEX_DIGITS + footer[place + _HEX_DIGITS :]).hexdigest()
+
+
+def _check_footer(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            _, footer = _footer(file)
+        place = footer.index(_FOOTER_MARK) + len(_FOOTER_MARK)
+    except (OSError, ValueError) as error:
+        raise not_a_table(path) from error
+    if footer[place : place + _HEX_DIGITS] != _hash(footer, place).encode():
+        raise damaged(path, "its footer is damaged, or another program wrote it")
 
 
 def _schema(layout: Layout) -> "pa.Schema":
@@ -140,6 +192,7 @@ def _opened(path: Path) -> Iterator["pq.ParquetFile"]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    _check_footer(path)
     try:
         opened = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
@@ -161,7 +214,7 @@ def _document(file: "pq.ParquetFile", path: Path) -> Found:
 
 
 def _check_groups(file: "pq.ParquetFile", path: Path, layout: Layout) -> None:
-    """Raises a `UserError` for a file that `write` did not make, whose columns may unpack to any size."""
+    """Raises a `UserError` for a file that `write` did not make, whose columns could unpack to any size."""
     meta = file.metadata
     if meta.num_rows != layout.rows:
         raise damaged(path, f"it holds {meta.num_rows:,} rows, not {layout.rows:,}")

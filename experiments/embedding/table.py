@@ -94,8 +94,13 @@ def read_layout(path: str | Path) -> Layout:
     return found.layout
 
 
-def write_table(path: str | Path, table: EmbeddingTable) -> Path:
+def write_table(path: str | Path, table: EmbeddingTable, *, remedy: str = "make room or name another file") -> Path:
     """Writes a table, whole or not at all; the suffix says in which format.
+
+    Args:
+        path: of the file.
+        table: of any size.
+        remedy: what the user can do if the file cannot be written; ends the message.
 
     Returns:
         The file.
@@ -107,16 +112,19 @@ def write_table(path: str | Path, table: EmbeddingTable) -> Path:
     shapes = {name: Column(array.dtype.name, array.shape[1:]) for name, array in columns.items()}
     rows = {PATHS: table.paths, **columns}
     layout = Layout(table.root, len(table), shapes, table.meta)
-    return write_chunks(path, layout, lambda names: iter([{name: rows[name] for name in names}]))
+    return write_chunks(path, layout, lambda names: iter([{name: rows[name] for name in names}]), remedy=remedy)
 
 
-def write_chunks(path: str | Path, layout: Layout, chunks: Chunks) -> Path:
+def write_chunks(
+    path: str | Path, layout: Layout, chunks: Chunks, *, remedy: str = "make room or name another file"
+) -> Path:
     """Writes a table whose rows come in chunks, of which one at a time is in memory.
 
     Args:
         path: its suffix says in which format.
         layout: of the whole table.
         chunks: called once for each pass over the rows.
+        remedy: what the user can do if the file cannot be written; ends the message.
 
     Raises:
         UserError: as `write_table`.
@@ -126,7 +134,7 @@ def write_chunks(path: str | Path, layout: Layout, chunks: Chunks) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         file_format.write(path, layout, chunks)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); make room or name another file") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}); {remedy}") from error
     return path
 
 
@@ -149,5 +157,5 @@ def table_path(path: str | Path) -> Path:
 def _existing(path: str | Path) -> tuple[Path, ModuleType]:
     path = table_path(path)
     if not path.is_file():
-        raise UserError(f"{path}: there is no such table of embeddings; dinojax embed writes one")
+        raise UserError(f"{path}: there is no such embedding file; dinojax embed writes one")
     return path, _FORMATS[path.suffix.lower()]

@@ -11,16 +11,17 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, UInt8
 from tqdm import tqdm
 
 from converters.cache import cache_folder
@@ -47,20 +48,30 @@ _TIMED_BATCHES = 3
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A shard that is not cached yet: images `start` to `stop` of a split, whose tokens are written to `out`."""
+    """Images `start` to `stop` of a split, whose features are written to `outs`: one array for each output."""
 
     split: Split
-    cache: ShardCache
-    shard: int
     start: int
     stop: int
-    out: np.ndarray
+    outs: tuple[np.ndarray, ...]
+
+
+JobT = TypeVar("JobT", bound=Job)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard(Job):
+    """A shard that is not cached yet."""
+
+    cache: ShardCache
+    shard: int
 
 
 class FeatureExtractor:
     """A model, the transform of its images, and the folder of cached features.
 
-    `fingerprint` identifies the model, `parameters` is the number of its parameters, `dtype` its number type.
+    `fingerprint` identifies the model, `parameters` is the number of its parameters, `dtype` its number type;
+    `shape` is that of an image's tokens.
 
     Args:
         model: of any size.
@@ -69,7 +80,9 @@ class FeatureExtractor:
         dtype: number type of the model's computation; "auto" is bfloat16 on accelerators and float32 on a CPU. The
             features are float32.
         batch_size: images per pass; None is what a CPU's cache holds (8 with ViT-S/14 at 224 px), 256 on accelerators.
-        cache_dir: its folder `features/` holds the features; None takes `converters.cache.cache_folder`.
+        cache_dir: its folder `features/`, here `root`, holds the features; None takes `converters.cache.cache_folder`.
+        blocks: number of the last blocks whose CLS tokens are kept; at most as many as the model has.
+        maps: whether `finished` also gives the last block's patch tokens, which `extract` does not.
 
     Raises:
         UserError: a size that the model does not take.
@@ -84,22 +97,25 @@ class FeatureExtractor:
         cache_dir: Path | None,
         dtype: Dtype = "auto",
         batch_size: int | None = None,
+        blocks: int = LAST_BLOCKS,
+        maps: bool = False,
     ):
         check_image_size(model, image_size)
         self.image_size = image_size
         self.dtype = jnp.dtype(resolve_dtype(dtype))
         self.batch_size = min(batch_size or default_batch(model, (1, image_size, image_size, 3)), _SHARD_IMAGES)
-        self.shape = (min(LAST_BLOCKS, model.config.depth) + 1, model.config.embed_dim)
-        self._root = cache_folder(cache_dir) / "features"
+        blocks = min(blocks, model.config.depth)
+        self.shape = (blocks + 1, model.config.embed_dim)
+        self.root = cache_folder(cache_dir) / "features"
         self.fingerprint = fingerprint(model)
         self.parameters = sum(array.size for array in named_parameters(model).values())
         self._normalisation = [list(map(float, numbers)) for numbers in normalisation]
-        self._forward = make_forward(model, normalisation, self.dtype)
+        self._forward = make_forward(model, normalisation, self.dtype, blocks=blocks, maps=maps)
 
-    def cache(self, split: Split) -> ShardCache:
-        """Where the features of a split are kept."""
-        description = {
-            "images": split.fingerprint,
+    @property
+    def description(self) -> dict[str, object]:
+        """What the features of an image depend on, but for the image."""
+        return {
             "weights": self.fingerprint,
             "image_size": self.image_size,
             "dtype": self.dtype.name,
@@ -108,8 +124,12 @@ class FeatureExtractor:
             "features": "images × (CLS of the last blocks, mean patch of the last) × dim, after the final norm",
             "revision": _REVISION,
         }
+
+    def cache(self, split: Split) -> ShardCache:
+        """Where the features of a split are kept."""
+        description = {"images": split.fingerprint, **self.description}
         key = digest(json.dumps(description, sort_keys=True))[:20]
-        return ShardCache(self._root / key, {**description, "split": split.name, "number_of_images": len(split)})
+        return ShardCache(self.root / key, {**description, "split": split.name, "number_of_images": len(split)})
 
     def extract(self, splits: Sequence[Split]) -> list[FeatureParts]:
         """The features of every image, from the cache where they are in it; one progress bar over all splits.
@@ -122,41 +142,49 @@ class FeatureExtractor:
         """
         arrays = [np.empty((len(split), *self.shape), np.float32) for split in splits]
         jobs = [job for split, array in zip(splits, arrays) for job in self._missing(split, array)]
-        total = sum(map(len, splits))
-        todo = sum(len(job.out) for job in jobs)
+        total, todo = sum(map(len, splits)), sum(job.stop - job.start for job in jobs)
         if not jobs:
-            print(f"features: all {total:,} images from the cache {self._root}", flush=True)
+            print(f"features: all {total:,} images from the cache {self.root}", flush=True)
             return [FeatureParts.of_tokens(array) for array in arrays]
-        with (
-            ThreadPoolExecutor(min(16, os.cpu_count() or 1), "decode") as pool,
-            tqdm(total=total, initial=total - todo, unit="img", desc="features", dynamic_ncols=True) as bar,
-        ):
-            try:
-                self._compute(jobs, pool, Forecast(bar, todo))
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        with tqdm(total=total, initial=total - todo, unit="img", desc="features", dynamic_ncols=True) as bar:
+            for job in self.finished(jobs, Forecast(bar, todo)):
+                job.cache.write(job.shard, *job.outs)
         return [FeatureParts.of_tokens(array) for array in arrays]
 
-    def _missing(self, split: Split, array: np.ndarray) -> Iterator[Job]:
+    def _missing(self, split: Split, array: np.ndarray) -> Iterator[_Shard]:
         """Fills `array` with the cached shards; yields the missing ones."""
         cache = self.cache(split)
         for shard, start in enumerate(range(0, len(split), _SHARD_IMAGES)):
             stop = min(start + _SHARD_IMAGES, len(split))
             found = cache.read(shard, (stop - start, *self.shape))
             if found is None:
-                yield Job(split, cache, shard, start, stop, array[start:stop])
+                yield _Shard(split, start, stop, (array[start:stop],), cache, shard)
             else:
                 array[start:stop] = found
 
-    def _compute(self, jobs: Sequence[Job], pool: ThreadPoolExecutor, forecast: "Forecast") -> None:
-        results = ((job, start, count, self._forward(batch)) for job, start, count, batch in self._batches(jobs, pool))
-        for job, start, count, features in _one_behind(results):
-            job.out[start - job.start : start - job.start + count] = np.asarray(features)[:count]
-            forecast.update(count)
-            if start + count == job.stop:
-                job.cache.write(job.shard, _finite(job))
+    def finished(self, jobs: Iterable[JobT], forecast: "Forecast") -> Iterator[JobT]:
+        """Does the jobs in their order, and yields each when it is done; few are started at a time.
 
-    def _batches(self, jobs: Sequence[Job], pool: ThreadPoolExecutor) -> Iterator[tuple[Job, int, int, np.ndarray]]:
+        Raises:
+            UserError: an image that cannot be decoded (named; jobs whose images come before it are done), or features
+                that are not finite.
+        """
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1), "decode") as pool:
+            try:
+                results = (
+                    (job, start, count, self._forward(batch)) for job, start, count, batch in self._batches(jobs, pool)
+                )
+                for job, start, count, features in _one_behind(results):
+                    for out, feature in zip(job.outs, features, strict=True):
+                        out[start - job.start : start - job.start + count] = np.asarray(feature)[:count]
+                    forecast.update(count)
+                    if start + count == job.stop:
+                        _check_finite(job)
+                        yield job
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _batches(self, jobs: Iterable[JobT], pool: ThreadPoolExecutor) -> Iterator[tuple[JobT, int, int, np.ndarray]]:
         """Job, first image, number of images, and pixels; the last batch of a shard is padded with black images."""
         size, square = self.batch_size, self.image_size
         started = (
@@ -175,10 +203,17 @@ class FeatureExtractor:
 
 
 class Forecast:
-    """The progress bar, and an early note on what makes the work shorter, if it will take long."""
+    """The progress bar, and an early note on what makes the work shorter, if it will take long.
 
-    def __init__(self, bar: tqdm, todo: int):
+    Args:
+        bar: counts images.
+        todo: number of images that are not done yet.
+        fewer: how the command is told to take fewer images.
+    """
+
+    def __init__(self, bar: tqdm, todo: int, fewer: str = "fewer images (--max-train, --max-test)"):
         self._bar, self._todo, self._batches, self._timed, self._start = bar, todo, 0, 0, 0.0
+        self._fewer = fewer
 
     def update(self, count: int) -> None:
         """Counts `count` more images as done."""
@@ -193,18 +228,27 @@ class Forecast:
             seconds = self._todo * (time.perf_counter() - self._start) / self._timed
             if seconds > _LONG_SECONDS:
                 self._bar.write(
-                    f"note: about {seconds / 60:.0f} minutes left on this {jax.devices()[0].device_kind}; fewer images "
-                    "(--max-train, --max-test), a smaller --image-size or a GPU take less. Ctrl-C keeps what is done."
+                    f"note: about {seconds / 60:.0f} minutes left on this {jax.devices()[0].device_kind}; "
+                    f"{self._fewer}, a smaller --image-size or a GPU take less. Ctrl-C keeps what is done."
                 )
 
 
 def make_forward(
-    model: VisionTransformer, normalisation: Normalisation, dtype: np.dtype
-) -> Callable[[UInt8[np.ndarray, "batch size size 3"]], Float[Array, "batch features dim"]]:
-    """From uint8 pixels to tokens (see the top of the file); the parameters are cast to `dtype` once."""
+    model: VisionTransformer,
+    normalisation: Normalisation,
+    dtype: np.dtype,
+    *,
+    blocks: int = LAST_BLOCKS,
+    maps: bool = False,
+) -> Callable[[UInt8[np.ndarray, "batch size size 3"]], tuple[Array, ...]]:
+    """From uint8 pixels to float32 tokens "batch tokens dim" (see the top of the file).
+
+    With `maps`, float16 patch tokens "batch rows columns dim" are the second output. The parameters are cast to `dtype`
+    once.
+    """
     graphdef, state = nnx.split(model)
     state = jax.tree.map(lambda x: x.astype(dtype), state)
-    blocks = min(LAST_BLOCKS, model.config.depth)
+    blocks = min(blocks, model.config.depth)
     mean, std = (jnp.asarray(numbers, jnp.float32)[None, None, None] for numbers in normalisation)
     # Accelerators would otherwise multiply float32 in lower precision.
     precision = "highest" if dtype == jnp.float32 else "default"
@@ -216,8 +260,11 @@ def make_forward(
             network = nnx.merge(graphdef, state)
             last_blocks = partial(network.get_intermediate_layers, n=blocks, return_class_token=True)
             layers = in_chunks(last_blocks, model.config, images.astype(dtype))
-        mean_patch = layers[-1][0].astype(jnp.float32).mean(axis=1)
-        return jnp.stack([*(cls_token.astype(jnp.float32) for _, cls_token in layers), mean_patch], axis=1)
+        patches = layers[-1][0].astype(jnp.float32)
+        cls_tokens = [cls_token.astype(jnp.float32) for _, cls_token in layers]
+        tokens = jnp.stack([*cls_tokens, patches.mean(axis=1)], axis=1)
+        grid = [side // model.config.patch_size for side in pixels.shape[1:3]]
+        return (tokens, patches.reshape(len(pixels), *grid, -1).astype(jnp.float16)) if maps else (tokens,)
 
     return lambda pixels: forward(state, pixels)
 
@@ -260,10 +307,9 @@ def _one_behind(results: Iterator[tuple]) -> Iterator[tuple]:
         yield previous
 
 
-def _finite(job: Job) -> np.ndarray:
-    if not np.isfinite(job.out).all():
+def _check_finite(job: Job) -> None:
+    if not all(np.isfinite(out).all() for out in job.outs):
         raise UserError(
             f"the features of {job.split.name} images {job.start} to {job.stop - 1} are not finite: the weights are "
             "damaged, or overflow in this precision (try --dtype float32)"
         )
-    return job.out
