@@ -14,7 +14,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,10 +145,8 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
                 none of `step`.
         """
         self.wait()
-        if step is not None and step not in self.steps:
-            known = ", ".join(map(str, self.steps)) or "none"
-            raise UserError(f"{self._folder} holds no checkpoint of step {step}; its steps are: {known}")
-        restored = self._first_sound(reversed(self.steps) if step is None else [step], like)
+        self._raise_unless_there(step)
+        restored = self._first_sound(reversed(self.steps) if step is None else [step], self._state_like(like))
         if restored is not None:
             self._current = restored.step
             self._damaged = {step for step in self.steps if step > restored.step}
@@ -163,28 +161,70 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
         scores = self._scores()
         best = sorted(scores, key=lambda step: (scores[step], step), reverse=True)
         others = [step for step in reversed(self.steps) if step not in scores] if best else []
-        return self._first_sound([*best, *others], like)
+        return self._first_sound([*best, *others], self._state_like(like))
 
-    def _first_sound(self, steps: Iterable[int], like: PyTree) -> Restored | None:
+    def read(self, prefixes: tuple[str, ...], *, step: int | None = None) -> Restored | None:
+        """Some arrays of the newest checkpoint in which they are undamaged, or None if the folder holds no checkpoint.
+
+        It needs no state, writes nothing, and may be called while a training saves to the folder.
+
+        Args:
+            prefixes: of dotted paths; those of all other arrays are not read.
+            step: of the checkpoint to read instead of the newest one.
+
+        Returns:
+            A dictionary from dotted path to array as the state.
+
+        Raises:
+            UserError: every checkpoint is damaged, or there is no sound one of `step`.
+        """
+
+        def named(manifest: dict[str, Any]) -> dict[str, np.ndarray]:
+            return self._verified_arrays(manifest, [name for name in manifest["leaves"] if name.startswith(prefixes)])
+
+        self._raise_unless_there(step)
+        steps = self.steps
+        try:
+            found = self._first_sound(reversed(steps) if step is None else [step], named)
+        except UserError:
+            if self.steps == steps:
+                raise
+        else:
+            if found is None or not found.skipped or self.steps == steps:
+                return found
+        return self.read(prefixes, step=step)  # the training has removed checkpoints meanwhile
+
+    def _first_sound(self, steps: Iterable[int], state_of: Callable[[dict[str, Any]], PyTree]) -> Restored | None:
+        """The first checkpoint from whose manifest `state_of` reads a state."""
         skipped = []
         for step in steps:
             try:
                 manifest = self._manifest(step)
-                self._raise_unless_fitting(manifest, like)
-                arrays = self._verified_arrays(manifest)
+                return Restored(step, state_of(manifest), manifest["record"], skipped)
             except _DamagedError as error:
                 skipped.append(f"the checkpoint of step {step} is damaged: {error}")
-                continue
-            placed = [
-                _placed(arrays[name], manifest["leaves"][name], leaf) for name, leaf in _named_leaves(like).items()
-            ]
-            return Restored(step, jax.tree.unflatten(jax.tree.structure(like), placed), manifest["record"], skipped)
         if skipped:
             raise UserError(
                 f"{self._folder} holds no sound checkpoint ({'; '.join(skipped)}); "
                 "remove the folder to start again or name another"
             )
         return None
+
+    def _state_like(self, like: PyTree) -> Callable[[dict[str, Any]], PyTree]:
+        """Reads the state of a manifest, which must have the structure, shapes and dtypes of `like`."""
+
+        def state_of(manifest: dict[str, Any]) -> PyTree:
+            self._raise_unless_fitting(manifest, like)
+            arrays, leaves = self._verified_arrays(manifest, list(manifest["leaves"])), manifest["leaves"]
+            placed = [_placed(arrays[name], leaves[name], leaf) for name, leaf in _named_leaves(like).items()]
+            return jax.tree.unflatten(jax.tree.structure(like), placed)
+
+        return state_of
+
+    def _raise_unless_there(self, step: int | None) -> None:
+        if step is not None and step not in self.steps:
+            known = ", ".join(map(str, self.steps)) or "none"
+            raise UserError(f"{self._folder} holds no checkpoint of step {step}; its steps are: {known}")
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{_STEP}{step}"
@@ -216,7 +256,7 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
                 "give the settings it was made with or name another folder"
             )
 
-    def _verified_arrays(self, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
+    def _verified_arrays(self, manifest: dict[str, Any], names: list[str]) -> dict[str, np.ndarray]:
         """Reads with TensorStore, as Orbax does: Orbax itself leaves tracebacks on stderr when a file is damaged."""
         import tensorstore
 
@@ -235,7 +275,7 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
             return array
 
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            return dict(zip(manifest["leaves"], pool.map(verified, manifest["leaves"])))
+            return dict(zip(names, pool.map(verified, names)))
 
     def _scores(self) -> dict[int, float]:
         """Step → score, where it has one; ∞ for a damaged manifest, so that `restore_best` reads and reports it."""

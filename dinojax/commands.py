@@ -2,16 +2,23 @@
 
 import errno
 import io
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from dinojax.errors import UserError
 
+T = TypeVar("T")
+
 _NO_HOME = "Could not determine home directory."  # of `Path.expanduser`
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOOK_SECONDS = 0.1  # between two looks at the signals while another thread works
+_left_behind: list[threading.Thread] = []
 
 
 @contextmanager
@@ -27,6 +34,52 @@ def exit_on_user_error() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _exit)
+    try:
+        with _one_line():
+            yield
+    except SystemExit as stop:
+        _end_at_once(stop.code)
+        raise
+    _end_at_once(0)
+
+
+def answering_signals(work: Callable[[], T]) -> T:
+    """The result of `work`, which runs in another thread while this one answers signals.
+
+    XLA compiles without returning to Python: in the main thread, a signal would wait until it is done. If a handler
+    raises, the thread is left behind, and `exit_on_user_error` ends the process without it.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="work", daemon=True)
+    try:
+        thread.start()
+        while thread.is_alive():
+            thread.join(_LOOK_SECONDS)
+    except BaseException:
+        _left_behind.append(thread)
+        raise
+    return future.result()
+
+
+def _end_at_once(code: object) -> None:
+    """Ends the process if a thread was left behind: the interpreter would wait for it, or crash."""
+    if not any(thread.is_alive() for thread in _left_behind):
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:

@@ -5,8 +5,10 @@
     python -m experiments.pretrain reported --data path/to/images --image-size 160     crops of 128 px
     python -m experiments.pretrain smoke --data digits                                 minutes on two cores, no download
 
-The same command resumes an interrupted run from its last checkpoint. The run folder gets the networks teacher/ and
-student/ (weights for the other commands), metrics.jsonl, curves.png, and result.json with the k-NN accuracy of the
+A folder of images needs no labels, splits or equal sizes; `python -m experiments.pretrain_folder path/to/images` is the
+same training with a recipe that follows from the size of the images. The same command resumes an interrupted run from
+its last checkpoint. The run folder gets the networks teacher/ and student/ (weights for the other commands),
+metrics.jsonl, curves.png, and result.json with the feature rank and, if there are labels, the k-NN accuracy of the
 trained networks and of an untrained one. `RECIPE --help` lists all settings.
 """
 
@@ -14,16 +16,12 @@ from collections.abc import Sequence
 
 from experiments.pretraining.command import run, run_recipe
 from experiments.pretraining.config import PretrainConfig as Config
-from experiments.pretraining.recipes import recipes
-from experiments.runs.settings import REQUIRED, replace
+from experiments.pretraining.recipes import general_recipes
+from experiments.runs.settings import REQUIRED
 
 __all__ = ["RECIPES", "Config", "main", "run"]
 
-_AT_32, _AT_64 = (recipes("pretrain", REQUIRED, image_size=size) for size in (32, 64))
-_SMALL = {
-    name: replace(small, recipe=name) for name, small in (("small32", _AT_32["small"]), ("small64", _AT_64["small"]))
-}
-RECIPES = _SMALL | {name: recipe for name, recipe in _AT_32.items() if name != "small"}
+RECIPES = general_recipes("pretrain", REQUIRED)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -25,11 +25,17 @@ from experiments.runs.settings import (
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings(DataSettings):
-    """The training images, and how they are stored; only the k-NN uses labels and test images."""
+    """The training images, and how they are stored; only the k-NN and the evaluation use labels."""
 
+    data: str
+    """Name or folder of the images: any folder of images, at any depth and without labels; digits (in scikit-learn, no
+    download); tiny_imagenet; or a TensorFlow Datasets name such as cifar10. Labels are read from a folder with
+    train/<class>/… and test/<class>/…, and from named data sets. From any other folder, 5 % of the images (32 to 2,000)
+    are held out to monitor the rank of the features."""
     image_size: Annotated[int | None, POSITIVE] = None
     """Side in pixels of the squares that images are stored as: the shorter side is resized, then the centre is cropped.
-    None stores images as they are, which requires that all have the same size."""
+    None stores images as they are, unless they have several sizes or more than 4 × 4 global crops of pixels; then it
+    takes 8/7 of --crops.global-size."""
     own_statistics: bool = False
     """Whether to normalise by the mean and standard deviation of the training images, instead of --crops.mean and
     --crops.std."""
@@ -127,8 +133,8 @@ class MonitoringSettings:
     """Evaluation, log and checkpoints."""
 
     knn_every: Annotated[int, NOT_NEGATIVE] = 10
-    """Epochs between two evaluations of the teacher by k-NN and feature rank. 0 turns them off; the k-NN on test images
-    at the end remains."""
+    """Epochs between two evaluations of the teacher by k-NN and feature rank (RankMe), or by feature rank alone where
+    there are no labels. 0 turns them off; those at the end remain."""
     knn_images: Annotated[int, POSITIVE] = 2_000
     """Number of training images that vote in the k-NN during training; a quarter as many others are classified."""
     log_every: Annotated[int, POSITIVE, UNIMPORTANT] = 10
@@ -136,12 +142,13 @@ class MonitoringSettings:
     checkpoint_minutes: Annotated[float, POSITIVE, UNIMPORTANT] = 10.0
     """Minutes between two checkpoints, which are written at the ends of epochs. A run that stops always writes one."""
     keep: Annotated[int, POSITIVE, UNIMPORTANT] = 2
-    """Number of newest checkpoints to keep; the one with the best k-NN accuracy is kept too."""
+    """Number of newest checkpoints to keep; the one with the best k-NN accuracy is kept too. Feature rank selects none,
+    because a network with a higher rank is not always the better one."""
     minutes: Annotated[float | None, POSITIVE, UNIMPORTANT] = None
     """Minutes after which the run writes a checkpoint and stops; the same command resumes it. None sets no limit."""
     evaluate: Annotated[bool, UNIMPORTANT] = True
     """Whether to evaluate teacher, student and an untrained network by every probe at the end, as
-    `experiments.evaluate` does, into the folder evaluation/ of the run."""
+    `experiments.evaluate` does, into the folder evaluation/ of the run. It needs labels."""
     tensorboard: Annotated[bool, UNIMPORTANT] = False
     """Whether to write TensorBoard's files as well (pip install 'dinojax[tensorboard]')."""
 
@@ -178,6 +185,11 @@ class PretrainConfig:
         default = Path("runs", self.command, f"{self.recipe}-seed{self.run.seed}")
         return (self.run.out or default).expanduser()
 
+    @property
+    def default_image_size(self) -> int:
+        """Side of the squares that images are stored as where they cannot be stored as they are."""
+        return round(self.crops.global_size * 8 / 7)
+
     def check(self) -> None:
         """Raises a `UserError` for settings that make no run."""
         check_bounds(self)
@@ -205,9 +217,12 @@ class PretrainResult:
 
     Attributes:
         folder: of the run.
-        test_knn_accuracy: fraction of the test images, for teacher, student and random_init; None for a run that
-            stopped before its end.
+        test_knn_accuracy: fraction of the test images, for teacher, student and random_init; None without labels, and
+            for a run that stopped before its end.
+        rank_me: feature rank on the monitored images, for the same networks; None for a run that stopped before its
+            end, and for one of an earlier version.
     """
 
     folder: Path
     test_knn_accuracy: Mapping[str, float] | None
+    rank_me: Mapping[str, float] | None = None

@@ -1,5 +1,6 @@
 """The figure of a pretraining run: loss, schedules and health by epoch, from its log."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from math import log
 from pathlib import Path
@@ -12,59 +13,84 @@ from experiments.figures.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, save
 
 Records = Sequence[Mapping[str, Any]]
 
+_LOSSES = {"loss": BLUE, "teacher_entropy": ORANGE, "kl": GREEN}
+_SCHEDULES = (("learning_rate", "weight_decay"), ("teacher_momentum", "teacher_temp"))
+_HEALTH = (("gradient_norm", "clipped_share"), ("feature_std", "center_norm"))
+_COLUMNS, _WIDTH, _HEIGHT, _TOP = 3, 4.33, 3.1, 0.4  # inches
+_WORDS = {"kl": "KL", "rank_me": "feature rank (RankMe)", "knn_accuracy": "k-NN on training images (%)"}
+
 
 def save_training_curves(path: Path, log_records: Records, prototypes: int, *, title: str) -> None:
-    """Draws six panels by epoch.
+    """Writes the figure to a PNG file; see `draw_training_curves`."""
+    if figure := draw_training_curves(log_records, prototypes, title=title):
+        save_figure(figure, path)
+
+
+def draw_training_curves(log_records: Records, prototypes: int, *, title: str) -> Figure | None:
+    """Draws the loss, the schedules that are not constant, the health of the training and the evaluations, by epoch.
 
     Args:
-        path: of the PNG.
-        log_records: the lines of metrics.jsonl.
+        log_records: the lines of metrics.jsonl; without steps, there is no figure.
         prototypes: K; log K is the loss of uniform outputs.
         title: of the figure, one line.
     """
     steps = [record for record in log_records if "loss" in record]
-    evaluated = [record for record in log_records if "knn_accuracy" in record]
+    evaluated = [record for record in log_records if "rank_me" in record]
     if not steps:
-        return
-    figure = Figure(figsize=(13, 6.6), layout="constrained", facecolor="white")
-    panels = figure.subplots(2, 3)
-    _lines(panels[0, 0], steps, {"loss": BLUE, "teacher_entropy": ORANGE, "kl": GREEN}, "nats")
-    panels[0, 0].axhline(log(prototypes), color=MUTED, lw=1, ls=":", label="log K (uniform)")
-    panels[0, 0].legend(frameon=False, fontsize=8, labelcolor=INK)
-    _pair(panels[0, 1], steps, "learning_rate", "weight_decay")
-    _pair(panels[0, 2], steps, "teacher_momentum", "teacher_temp")
-    _pair(panels[1, 0], steps, "gradient_norm", "clipped_share")
-    _pair(panels[1, 1], steps, "feature_std", "center_norm")
+        return None
+    several = len(steps) > 1
+    constant = [name for name in itertools.chain(*_SCHEDULES) if several and len({one[name] for one in steps}) == 1]
+    schedules = [tuple(name for name in pair if name not in constant) for pair in _SCHEDULES]
+    drawn = [(steps, pair) for pair in (*filter(None, schedules), *_HEALTH)]
     if evaluated:
-        percent = [{**record, "knn_accuracy": 100 * record["knn_accuracy"]} for record in evaluated]
-        _pair(panels[1, 2], percent, "knn_accuracy", "rank_me", marker="o")
-        panels[1, 2].set_ylabel("k-NN on training images (%)", color=BLUE)
-    else:
-        panels[1, 2].set_axis_off()
-    figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
-    save_figure(figure, path)
+        measured = tuple(name for name in ("knn_accuracy", "rank_me") if name in evaluated[0])
+        drawn.append(([_in_percent(record) for record in evaluated], measured))
+    rows = -(-(1 + len(drawn)) // _COLUMNS)
+    size = (_COLUMNS * _WIDTH, rows * _HEIGHT + _TOP)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    panels = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
+    _draw_losses(panels[0], steps, prototypes)
+    for panel, (records, names) in zip(panels[1:], drawn):
+        _draw(panel, records, names)
+    for panel in panels[1 + len(drawn) :]:
+        panel.remove()
+    held = ", ".join(f"{_words(name)} {steps[0][name]:g}" for name in constant)
+    about = f"{title}\nconstant: {held}" if held else title
+    figure.suptitle(about, fontsize=11, color=INK, x=0.01, ha="left")
+    return figure
 
 
-def _lines(axes: Axes, records: Records, colors: Mapping[str, str], unit: str) -> None:
-    for name, color in colors.items():
-        axes.plot([r["epoch"] for r in records], [r[name] for r in records], color=color, label=_words(name), lw=1.4)
-    style(axes, "epoch", unit)
+def _draw_losses(axes: Axes, records: Records, prototypes: int) -> None:
+    for name, color in _LOSSES.items():
+        _line(axes, records, name, color, label=_words(name))
+    axes.axhline(log(prototypes), color=MUTED, lw=1, ls=":", label="log K (uniform)")
+    style(axes, "epoch", "nats")
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
 
 
-def _pair(axes: Axes, records: Records, left: str, right: str, marker: str | None = None) -> None:
-    """Two quantities of different units, each with an axis in its own colour."""
-    epochs = [record["epoch"] for record in records]
-    axes.plot(epochs, [record[left] for record in records], color=BLUE, lw=1.4, marker=marker, ms=3)
-    style(axes, "epoch", _words(left))
-    axes.yaxis.label.set_color(BLUE)
-    other = axes.twinx()
-    other.plot(epochs, [record[right] for record in records], color=RED, lw=1.4, marker=marker, ms=3)
-    style(other, "epoch", _words(right))
-    other.grid(visible=False)
-    other.yaxis.label.set_color(RED)
-    other.spines["right"].set_visible(True)
-    other.spines["left"].set_visible(False)
+def _draw(axes: Axes, records: Records, names: Sequence[str]) -> None:
+    """One quantity, or two of different units, each with an axis in its own colour."""
+    style(axes, "epoch", "")
+    for name, color, one in zip(names, (BLUE, RED), (axes, axes.twinx() if len(names) > 1 else None)):
+        _line(one, records, name, color)
+        style(one, "epoch", _words(name))
+        one.yaxis.label.set_color(color)
+        one.set_ylim(bottom=max(0.0, one.get_ylim()[0]))  # none of them is negative
+        if one is not axes:
+            one.grid(visible=False)
+            one.spines["right"].set_visible(True)
+            one.spines["left"].set_visible(False)
+
+
+def _line(axes: Axes, records: Records, name: str, color: str, label: str | None = None) -> None:
+    epochs, values = [record["epoch"] for record in records], [record[name] for record in records]
+    marker = "o" if len(records) < 30 else None
+    axes.plot(epochs, values, color=color, lw=1.4, marker=marker, ms=3, label=label)
+
+
+def _in_percent(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: 100 * value if name == "knn_accuracy" else value for name, value in record.items()}
 
 
 def _words(name: str) -> str:
-    return {"kl": "KL", "rank_me": "RankMe"}.get(name, name.replace("_", " "))
+    return _WORDS.get(name, name.replace("_", " "))

@@ -9,11 +9,41 @@ from jaxtyping import Int, UInt8
 from tqdm.contrib.concurrent import thread_map
 
 from dinojax.errors import UserError
+from dinojax.images.decode import Pixels
 from dinojax.pretraining.step import Batches
-from experiments.data.splits import Split
+from experiments.data.splits import Dataset, Split
 from experiments.data.squares import load_square
+from experiments.pretraining.config import PretrainConfig
 
+_MOST_CROPS = 4  # global crops along each side of an image that is stored as it is
+_MOST_MEMORY = 0.8  # share of the memory
 Images = UInt8[np.ndarray, "_images height width 3"]
+
+
+class SeveralSizesError(UserError):
+    """Images of several sizes, which one array does not hold."""
+
+
+def read_stored(dataset: Dataset, config: PretrainConfig) -> tuple[Images, int | None]:
+    """The training images as they are stored, and the side of their squares, or None where they are as they are.
+
+    Raises:
+        UserError: an image that cannot be read, or more images than the memory holds.
+    """
+    split, side = dataset.train, config.dataset.image_size
+    if side is not None:
+        return read_images(split, side), side
+    height, width, _ = split.read(0).shape
+    if height * width <= (_MOST_CROPS * config.crops.global_size) ** 2:
+        try:
+            return read_images(split, None), None
+        except SeveralSizesError as error:
+            reason = str(error)
+    else:
+        reason = f"the images have {width}×{height} px"
+    side = config.default_image_size
+    print(f"note: {reason}; they are stored as squares of {side} px (--image-size)", flush=True)
+    return read_images(split, side), side
 
 
 def read_images(split: Split, image_size: int | None, *, indices: Int[np.ndarray, " chosen"] | None = None) -> Images:
@@ -25,23 +55,35 @@ def read_images(split: Split, image_size: int | None, *, indices: Int[np.ndarray
         indices: in any order.
 
     Raises:
-        UserError: images of several sizes and no `image_size`, or one that cannot be read.
+        SeveralSizesError: images of several sizes and no `image_size`.
+        UserError: an image that cannot be read, or more images than the memory holds.
     """
     indices = np.arange(len(split)) if indices is None else indices
     read = split.read if image_size is None else lambda index: load_square(split, index, image_size)
     first = read(int(indices[0]))
+    _check_memory(len(indices), first)
     images = np.empty((len(indices), *first.shape), np.uint8)
 
     def decode(row: int) -> None:
         pixels = read(int(indices[row]))
         if pixels.shape != first.shape:
-            sizes = " and ".join(f"{shape[0]}×{shape[1]}" for shape in (first.shape, pixels.shape))
-            raise UserError(f"{split.ids[indices[row]]}: the images have several sizes ({sizes} px); give --image-size")
+            sizes = " and ".join(f"{shape[1]}×{shape[0]}" for shape in (first.shape, pixels.shape))
+            raise SeveralSizesError(f"the images have several sizes (such as {sizes} px)")
         images[row] = pixels
 
     bar = {"desc": f"{split.name} images", "unit": "img", "dynamic_ncols": True, "leave": False}
     thread_map(decode, range(len(indices)), max_workers=os.cpu_count(), **bar)
     return images
+
+
+def _check_memory(count: int, first: Pixels) -> None:
+    needed, there = count * first.nbytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > _MOST_MEMORY * there:
+        height, width, _ = first.shape
+        raise UserError(
+            f"{count:,} images of {width}×{height} px take {needed / 1e9:.0f} GB, and the memory has {there / 1e9:.0f} "
+            "GB; give a smaller --image-size, or fewer images with --max-train"
+        )
 
 
 def own_statistics(images: Images) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

@@ -1,4 +1,4 @@
-"""Evaluation of a network's features in training: k-NN among training images, and rank."""
+"""Evaluation of a network's features in training: k-NN among training images, and rank; without labels, rank alone."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from dinojax.pretraining.monitors import rank_me
 from dinojax.probes import knn_predict, stratified_subset
 from experiments.data.splits import Dataset
 from experiments.pretraining.config import PretrainConfig
-from experiments.pretraining.data import Images
+from experiments.pretraining.data import Images, SeveralSizesError, read_images
 
 K = 20
 _BATCH = 256
@@ -49,30 +49,66 @@ def make_embed(graph: nnx.GraphDef, config: PretrainConfig) -> Embed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Subset:
-    """Training images that vote, and others that they classify; no test image is among them."""
+class Monitor:
+    """Images whose features are watched."""
 
+    queries: Images
+
+    def rank(self, embed: Embed, backbone: Any) -> float:
+        """RankMe of the queries' features."""
+        return float(rank_me(jnp.asarray(embed(backbone, self.queries))))
+
+    def evaluate(self, embed: Embed, backbone: Any) -> dict[str, float]:
+        """What is logged."""
+        return {"rank_me": self.rank(embed, backbone)}
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledMonitor(Monitor):
+    """Training images that vote, and others, the queries, that they classify; no test image is among them."""
+
+    query_labels: Int[np.ndarray, " queries"]
     voters: Images
     voter_labels: Int[np.ndarray, " voters"]
-    queries: Images
-    query_labels: Int[np.ndarray, " queries"]
     classes: int
 
     @classmethod
-    def of(cls, dataset: Dataset, images: Images, count: int) -> "Subset":
+    def of(cls, dataset: Dataset, images: Images, count: int) -> "LabelledMonitor":
         """`count` voters of every class in proportion and a quarter as many queries, the same in every run."""
         labels, classes = dataset.train.labels, len(dataset.class_names)
         count = max(min(count, len(labels) * 4 // 5), classes)
         voters = stratified_subset(labels, count, seed=0)
         rest = np.setdiff1d(np.arange(len(labels)), voters)
         queries = np.random.default_rng(0).permutation(rest)[: max(count // 4, classes)]
-        return cls(images[voters], labels[voters], images[queries], labels[queries], classes)
+        return cls(images[queries], labels[queries], images[voters], labels[voters], classes)
 
     def evaluate(self, embed: Embed, backbone: Any) -> dict[str, float]:
         """k-NN accuracy (a fraction) and RankMe of the queries' features."""
         voters, queries = embed(backbone, self.voters), embed(backbone, self.queries)
         accuracy = knn_accuracy(voters, self.voter_labels, queries, self.query_labels, self.classes)
         return {"knn_accuracy": accuracy, "rank_me": float(rank_me(jnp.asarray(queries)))}
+
+
+def make_monitor(dataset: Dataset, images: Images, side: int | None, count: int) -> Monitor:
+    """The monitor of a training: by k-NN on training images if there are labels, else on the held-out images.
+
+    Args:
+        dataset: without class names if it has no labels.
+        images: the training images, as they are stored.
+        side: of the squares that images are stored as; None stores them as they are.
+        count: number of voters.
+
+    Raises:
+        UserError: a held-out image that cannot be read.
+    """
+    if dataset.class_names:
+        return LabelledMonitor.of(dataset, images, count)
+    shape = images.shape[1:3]
+    try:
+        held_out = read_images(dataset.test, side)
+    except SeveralSizesError:
+        held_out = read_images(dataset.test, min(shape))
+    return Monitor(held_out)
 
 
 def knn_accuracy(

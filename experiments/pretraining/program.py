@@ -65,9 +65,7 @@ def make_networks(config: PretrainConfig) -> DINO:
     """Backbone and head, drawn from the seed."""
     weights, _ = jax.random.split(jax.random.key(config.run.seed))
     rngs = nnx.Rngs(weights)
-    crops = config.crops
-    preprocessing = Preprocessing(crops.mean, crops.std, crops.global_size, config.model.patch_size)
-    backbone = VisionTransformer(vit_config(config), rngs=rngs, preprocessing=preprocessing)
+    backbone = VisionTransformer(vit_config(config), rngs=rngs, preprocessing=preprocessing(config))
     head = DINOHead(
         config.model.embed_dim,
         config.model.prototypes,
@@ -90,6 +88,12 @@ def vit_config(config: PretrainConfig) -> ViTConfig:
         num_heads=model.num_heads,
         drop_path_rate=model.drop_path_rate,
     )
+
+
+def preprocessing(config: PretrainConfig) -> Preprocessing:
+    """What the backbone expects of its images."""
+    crops = config.crops
+    return Preprocessing(crops.mean, crops.std, crops.global_size, config.model.patch_size)
 
 
 def make_schedules(config: PretrainConfig, steps_per_epoch: int) -> dict[str, Schedule]:

@@ -61,6 +61,24 @@ def recipes(command: str, data: str, image_size: Literal[32, 64]) -> dict[str, P
     return {one.recipe: one for one in (small, reported, notebook, *_on_a_cpu(small))}
 
 
+def general_recipes(command: str, data: str) -> dict[str, PretrainConfig]:
+    """The recipes small32, small64, reported, notebook, smoke and cpu, for images of any size, by name.
+
+    Args:
+        command: the command's name, which names the run folder.
+        data: the data set, unless --data names another one.
+    """
+    at_32, at_64 = (recipes(command, data, image_size=size) for size in (32, 64))
+    small = {f"small{size}": found["small"] for size, found in ((32, at_32), (64, at_64))}
+    named = {name: replace(config, recipe=name) for name, config in small.items()}
+    return named | {name: recipe for name, recipe in at_32.items() if name != "small"}
+
+
+def recipe_for(side: int) -> str:
+    """The general recipe for images of that side in pixels: the one with the largest crops that are not enlarged."""
+    return "small32" if side < 64 else "small64" if side < 128 else "reported"
+
+
 def _on_a_cpu(small: PretrainConfig) -> tuple[PretrainConfig, PretrainConfig]:
     """The recipes smoke and cpu, made from `small`."""
     # 200 steps: few tokens, the authors' learning rate, a teacher that follows within them.

@@ -3,9 +3,18 @@
 import math
 import signal
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+from dinojax.commands import answering_signals
+
+T = TypeVar("T")
+
+
+class StoppedError(Exception):
+    """A signal came while nothing was trained yet."""
 
 
 class Stop:
@@ -14,6 +23,7 @@ class Stop:
     def __init__(self, minutes: float | None):
         self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._signal: int | None = None
+        self._waiting = False
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -29,7 +39,23 @@ class Stop:
         if self._signal == signal.SIGINT == number:  # the second Ctrl-C does not wait
             raise KeyboardInterrupt
         self._signal = number
+        if self._waiting:
+            raise StoppedError
         tqdm.write("saving a checkpoint, then stopping")
+
+    def wait_for(self, work: Callable[[], T]) -> T:
+        """The result of `work`, such as a compilation, which a signal does not wait for.
+
+        Raises:
+            StoppedError: a signal came, now or before.
+        """
+        if self._signal is not None:
+            raise StoppedError
+        self._waiting = True
+        try:
+            return answering_signals(work)
+        finally:
+            self._waiting = False
 
     @property
     def wanted(self) -> bool:

@@ -1,11 +1,14 @@
-"""How every command starts and ends: letters that the terminal lacks, and homes that do not exist."""
+"""How every command starts and ends: letters that the terminal lacks, homes that do not exist, signals."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from dinojax import UserError
+from dinojax.commands import answering_signals
 from tests.support.house import ROOT
 
 
@@ -37,3 +40,33 @@ def test_a_home_that_does_not_exist_is_one_sentence():
     done = run("__import__('pathlib').Path('~nobody-has-this-name/x').expanduser()")
     assert done.stderr.startswith(b"error: a path begins with ~, but there is no such home folder")
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_does_not_wait_for_work_that_does_not_return_to_python(number, code):
+    """As XLA's compiler: the work holds on in C, and would end after the time limit of the tests."""
+    code_of_the_process = (
+        "import ctypes, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from dinojax.commands import answering_signals, exit_on_user_error\n"
+        "def work():\n"
+        "    print('begun', flush=True)\n"
+        "    ctypes.CDLL(None).sleep(1000)\n"
+        "with exit_on_user_error():\n"
+        "    answering_signals(work)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code_of_the_process],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert said == ("interrupted; the same command resumes from what is saved\n" if code == 130 else "")
+
+
+def test_the_result_of_work_in_another_thread_and_its_mistakes_arrive():
+    assert answering_signals(lambda: 3) == 3
+    with pytest.raises(UserError, match="a mistake"):
+        answering_signals(lambda: (_ for _ in ()).throw(UserError("a mistake")))

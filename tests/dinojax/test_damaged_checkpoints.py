@@ -157,3 +157,43 @@ def test_a_training_goes_back_to_an_earlier_step(tmp_path):
     with TrainingCheckpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == [1, 2]
         assert_same(checkpoints.restore(LIKE).state, state_of(20))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_some_arrays_are_read_from_the_newest_checkpoint_in_which_they_are_sound(damage, tmp_path):
+    save_steps(tmp_path, 1, 2)
+    destroy, _ = DAMAGES[damage]
+    destroy(tmp_path / "step_2")
+    with TrainingCheckpoints(tmp_path) as checkpoints:
+        found = checkpoints.read(("model.",))
+        assert (found.step, found.record, len(found.skipped)) == (1, {"seen": 10}, 1)
+        assert set(found.state) == {"model.weight", "model.bias"}
+        assert (found.state["model.weight"] == state_of(1)["model"]["weight"]).all()
+        with pytest.raises(UserError, match="holds no checkpoint of step 3; its steps are: 1, 2"):
+            checkpoints.read(("model.",), step=3)
+        assert checkpoints.read(("step",), step=1).state["step"] == 1
+        checkpoints.save(3, state_of(3), record={})  # reading has not made it the checkpoint that was restored
+
+
+def test_arrays_that_are_not_asked_for_may_be_damaged(tmp_path):
+    save_steps(tmp_path, 1)
+    flip(largest(tmp_path / "step_1"))
+    with TrainingCheckpoints(tmp_path) as checkpoints:
+        assert checkpoints.read(("step", "model.bias")).skipped == []
+        with pytest.raises(UserError, match=r"model\.weight is not what was written"):
+            checkpoints.read(("model.weight",))
+
+
+def test_reading_follows_a_training_that_removes_what_is_superseded(tmp_path):
+    """The newest checkpoint is removed while it is read, as soon as a newer one is there."""
+    save_steps(tmp_path, 1)
+
+    class Overtaken(TrainingCheckpoints):
+        def _manifest(self, step):
+            if step == 1:
+                save_steps(tmp_path, 2, keep_newest=1)
+            return super()._manifest(step)
+
+    with Overtaken(tmp_path) as checkpoints:
+        found = checkpoints.read(("model.",))
+    assert (found.step, found.skipped) == (2, [])
