@@ -14,16 +14,17 @@ from dinojax.precision import at_least_float32
 
 
 def teacher_probs(
-    logits: Float[Array, "global_crops batch prototypes"],
+    logits: Float[Array, "*rows prototypes"],
     center: Float[Array, " prototypes"],
     temperature: Float[Array, ""] | float,
-) -> Float[Array, "global_crops batch prototypes"]:
+) -> Float[Array, "*rows prototypes"]:
     """The teacher's probabilities: the softmax of its centered logits over the temperature, without a gradient.
 
     Computed in float32 at least.
     """
     logits = logits.astype(at_least_float32(logits.dtype))
-    return jax.lax.stop_gradient(jax.nn.softmax((logits - center[None, None]) / temperature, axis=-1))
+    center = jnp.expand_dims(center, tuple(range(logits.ndim - 1)))
+    return jax.lax.stop_gradient(jax.nn.softmax((logits - center) / temperature, axis=-1))
 
 
 def updated_center(
