@@ -33,7 +33,7 @@ __all__ = [
     "save",
 ]
 
-_MODULES = ("checkpoint", "finetune", "image_ops", "images", "maps", "models", "pretraining", "probes")
+_MODULES = ("checkpoint", "finetune", "image_ops", "images", "maps", "models", "pretraining", "probes", "retrieval")
 _HOMES = {"Embeddings": "embedding", "UserError": "errors", "embed": "embedding"} | dict.fromkeys(
     ("Preprocessing", "normalize", "preprocess"), "images"
 )

@@ -28,8 +28,16 @@ def nearest_neighbours(
     train_features: Float[Array | np.ndarray, "train dim"],
     test_features: Float[Array | np.ndarray, "test dim"],
     k: int,
+    *,
+    chunk: int | None = None,
 ) -> tuple[Float[np.ndarray, "test k"], Int[np.ndarray, "test k"]]:
     """The `k` training images with the highest cosine similarity to each test image, best first, ties by lower index.
+
+    Args:
+        train_features: of any length.
+        test_features: of any length.
+        k: number of neighbours.
+        chunk: most training images on the device at once. None takes 65,536.
 
     Returns:
         Cosine similarities, and indices of training images.
@@ -37,7 +45,7 @@ def nearest_neighbours(
     Raises:
         UserError: `k` is not between 1 and the number of training images, or a feature is not finite.
     """
-    return _search(train_features, test_features, k, cosine=True)
+    return _search(train_features, test_features, k, cosine=True, chunk=chunk)
 
 
 def euclidean_neighbours(
@@ -146,38 +154,41 @@ def _check_k(k: int, total: int) -> None:
     require(1 <= k <= total, "k", k, f"between 1 and the {total} training images")
 
 
-def _search(train_features, test_features, k: int, *, cosine: bool) -> tuple[np.ndarray, np.ndarray]:
+def _search(
+    train_features, test_features, k: int, *, cosine: bool, chunk: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Descending scores, and indices; the score is the cosine, or the product minus half the squared length."""
     total, tests = len(train_features), len(test_features)
     _check_k(k, total)
     check_finite(test_features)
-    rows = -(-total // -(-total // _TRAIN_ROWS))
+    rows = -(-total // -(-total // (chunk or _TRAIN_ROWS)))
     queries = jnp.asarray(test_features, jnp.float32)
     # Moving both sets changes no distance, and near the origin less is lost to rounding.
     centre = np.asarray(train_features[:rows], np.float32).mean(axis=0)
     if cosine:
         centre = np.zeros_like(centre)
-    queries = _normalise(queries) if cosine else queries - centre[None]
-    queries = jnp.pad(queries, ((0, -tests % _TEST_ROWS), (0, 0))).reshape(-1, _TEST_ROWS, queries.shape[1])
+    queries = unit_length(queries) if cosine else queries - centre[None]
+    together = min(_TEST_ROWS, tests)
+    queries = jnp.pad(queries, ((0, -tests % together), (0, 0))).reshape(-1, together, queries.shape[1])
     best = jnp.full((*queries.shape[:2], k), -jnp.inf), jnp.zeros((*queries.shape[:2], k), jnp.int32)
     for start in range(0, total, rows):
-        chunk = np.asarray(train_features[start : start + rows], np.float32)
-        check_finite(chunk)
-        padded = np.pad(chunk - centre, ((0, rows - len(chunk)), (0, 0)))
-        best = _merge_neighbours(best, queries, padded, start, len(chunk), cosine=cosine)
+        part = np.asarray(train_features[start : start + rows], np.float32)
+        check_finite(part)
+        padded = np.pad(part - centre, ((0, rows - len(part)), (0, 0)))
+        best = _merge_neighbours(best, queries, padded, start, len(part), cosine=cosine)
     scores, indices = (np.asarray(array).reshape(-1, k)[:tests] for array in best)
     return scores, indices
 
 
-def _normalise(features: Array) -> Array:
-    """Unit L2 norm; zero stays zero."""
+def unit_length(features: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    """Vectors of L2 norm 1; zero stays zero."""
     return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="cosine")
 def _merge_neighbours(best: tuple, queries: Array, chunk: Array, start: Array, valid: Array, *, cosine: bool) -> tuple:
     """The best neighbours of each query after one more chunk, of which only the first `valid` rows are images."""
-    chunk = _normalise(chunk) if cosine else chunk
+    chunk = unit_length(chunk) if cosine else chunk
     handicap = jnp.zeros(len(chunk)) if cosine else -0.5 * jnp.sum(chunk**2, axis=1)
     handicap = jnp.where(jnp.arange(len(chunk)) < valid, handicap, -jnp.inf)
     chunk = chunk.T
