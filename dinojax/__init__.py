@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dinojax.embedding import Embeddings, embed
     from dinojax.errors import UserError
-    from dinojax.images import Preprocessing, normalize, preprocess
+    from dinojax.images import normalize, preprocess
     from dinojax.models.files import load, save
     from dinojax.models.head import DINOHead
+    from dinojax.models.preprocessing import Preprocessing
     from dinojax.models.variants import VARIANTS
     from dinojax.models.vit import Features, VisionTransformer, ViTConfig
 
@@ -35,7 +36,7 @@ __all__ = [
 
 _MODULES = ("checkpoint", "finetune", "image_ops", "images", "maps", "models", "pretraining", "probes", "retrieval")
 _HOMES = {"Embeddings": "embedding", "UserError": "errors", "embed": "embedding"} | dict.fromkeys(
-    ("Preprocessing", "normalize", "preprocess"), "images"
+    ("normalize", "preprocess"), "images"
 )
 
 

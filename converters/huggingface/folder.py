@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from converters.huggingface.names import to_hugging_face
 from dinojax.errors import UserError
-from dinojax.images.preprocessing import Preprocessing
+from dinojax.models.preprocessing import Preprocessing
 from dinojax.models.layers import swiglu_hidden_dim
 from dinojax.models.vit import VisionTransformer, ViTConfig
 

@@ -1,5 +1,5 @@
 """Photos in: decoding, resizing and normalising images for a model."""
 
-from dinojax.images.preprocessing import Preprocessing, normalize, preprocess
+from dinojax.images.preprocessing import normalize, preprocess
 
-__all__ = ["Preprocessing", "normalize", "preprocess"]
+__all__ = ["normalize", "preprocess"]

@@ -6,8 +6,7 @@
 A model carries its `Preprocessing`: mean and standard deviation, size, interpolation. `dinojax.save` stores it.
 """
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,59 +17,11 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 from PIL import Image
 
-from dinojax.errors import UserError, require
+from dinojax.errors import UserError
 from dinojax.images.decode import decode_rgb, one_large_image, to_rgb
 from dinojax.images.resize import Pixels, Resampling, resize_centre_crop, resize_to_multiple
+from dinojax.models.preprocessing import LARGEST_SIDE, Preprocessing
 from dinojax.precision import at_least_float32
-
-# Source: facebookresearch/dino 7c446df `eval_knn.py`, facebookresearch/dinov2 b8931f7 `dinov2/data/transforms.py`.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-_INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
-_LARGEST_SIDE = 2**16
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """What a model expects of its images. The defaults are those of the published DINOv2 models.
-
-    Attributes:
-        mean: of each channel of the pixels (0–1), which is subtracted.
-        std: standard deviation of each channel, which divides.
-        image_size: side in pixels of the square images that the model is used with.
-        patch_size: side of a patch in pixels.
-        interpolation: how images are resized: "bicubic", "bilinear", "lanczos" or "nearest"; antialiased.
-
-    Raises:
-        UserError: a value of another type, or one that no model has.
-    """
-
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
-    image_size: int = 224
-    patch_size: int = 14
-    interpolation: str = "bicubic"
-
-    def __post_init__(self):
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            given = isinstance(values, Sequence) and all(_is_number(value) for value in values) and len(values) > 0
-            require(given, name, values, "a number for each channel")
-            object.__setattr__(self, name, tuple(map(float, values)))
-        require(min(self.std) > 0, "std", self.std, "positive")
-        require(len(self.mean) == len(self.std), "std", self.std, f"as long as mean={self.mean}")
-        for name in ("image_size", "patch_size"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST_SIDE
-            require(whole, name, value, f"a whole number from 1 to {_LARGEST_SIDE}")
-        require(
-            self.interpolation in _INTERPOLATIONS, "interpolation", self.interpolation, " or ".join(_INTERPOLATIONS)
-        )
-
-    @property
-    def resample(self) -> Resampling:
-        """Pillow's name of the interpolation."""
-        return getattr(Resampling, self.interpolation.upper())
 
 
 @runtime_checkable
@@ -112,17 +63,19 @@ def preprocess(
     """
     spec = _spec(model)
     side = spec.image_size if size is None else size
-    if not isinstance(side, int) or isinstance(side, bool) or not 0 < side <= _LARGEST_SIDE:
-        raise UserError(f"size={size!r} is not a whole number of pixels from 1 to {_LARGEST_SIDE}")
+    if not isinstance(side, int) or isinstance(side, bool) or not 0 < side <= LARGEST_SIDE:
+        raise UserError(f"size={size!r} is not a whole number of pixels from 1 to {LARGEST_SIDE}")
     if len(spec.mean) != 3:
         raise UserError(f"the model takes {len(spec.mean)} channels, and photos have 3: prepare its images by hand")
+
+    resample = Resampling[spec.interpolation.upper()]
 
     def prepare(photo: tuple[int, Any]) -> Pixels:
         with one_large_image():
             pixels = _pixels(photo[1], f"image {photo[0]}")
             if crop:
-                return resize_centre_crop(pixels, side, side, resample=spec.resample)
-            return resize_to_multiple(pixels, side, spec.patch_size, resample=spec.resample)
+                return resize_centre_crop(pixels, side, side, resample=resample)
+            return resize_to_multiple(pixels, side, spec.patch_size, resample=resample)
 
     with ThreadPoolExecutor(thread_name_prefix="preprocess") as pool:
         prepared = list(pool.map(prepare, enumerate(_one_by_one(images))))
@@ -212,7 +165,3 @@ def _checked(array: np.ndarray, name: str) -> Pixels:
             "already goes to the model directly"
         )
     return array
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))

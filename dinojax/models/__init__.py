@@ -2,7 +2,8 @@
 
 from dinojax.models.files import load, save
 from dinojax.models.head import DINOHead
+from dinojax.models.preprocessing import Preprocessing
 from dinojax.models.variants import VARIANTS
 from dinojax.models.vit import Features, VisionTransformer, ViTConfig
 
-__all__ = ["VARIANTS", "DINOHead", "Features", "ViTConfig", "VisionTransformer", "load", "save"]
+__all__ = ["VARIANTS", "DINOHead", "Features", "Preprocessing", "ViTConfig", "VisionTransformer", "load", "save"]

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from dinojax.documents import flush_folder, read_document, sha256_of_file, write_document
 from dinojax.errors import UserError
-from dinojax.images.preprocessing import Preprocessing
+from dinojax.models.preprocessing import Preprocessing
 from dinojax.models.variants import VARIANTS
 from dinojax.models.vit import VisionTransformer, ViTConfig, default_preprocessing
 

@@ -16,9 +16,9 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Key
 
 from dinojax.errors import require
-from dinojax.images.preprocessing import Preprocessing
 from dinojax.models.layers import Block, LayerNorm, Module, PatchEmbed
 from dinojax.models.position import interpolate_pos_embed
+from dinojax.models.preprocessing import Preprocessing
 
 _Batch = Array | np.ndarray
 # Bounds that no model comes near: what is beyond them is a damaged file or a slip.

@@ -16,7 +16,7 @@ import dinojax
 from converters import pretrained
 from converters.weight_files.state_dicts import read_state_dict
 from dinojax import VARIANTS, UserError
-from dinojax.images.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from dinojax.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from experiments.features.backbones import load_backbone
 from tests.support.tiny_weights import TINY_V1, TINY_V2, assert_holds, official_state, torch_bytes
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import dinojax
 from dinojax import Preprocessing, UserError, VisionTransformer, ViTConfig, maps
-from dinojax.images.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from dinojax.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from experiments import visualize
 from experiments.features.backbones import find_network, load_backbone
 from experiments.figures import maps as map_figures

@@ -11,7 +11,7 @@ from PIL import Image
 
 import dinojax
 from dinojax import Preprocessing, UserError, VisionTransformer, ViTConfig
-from dinojax.images.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from dinojax.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 OWN = Preprocessing((0.5, 0.4, 0.3), (0.25, 0.3, 0.2), image_size=32, patch_size=8)
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
