@@ -69,6 +69,22 @@ def mass_mask(
     return mask.reshape(attention.shape)
 
 
+def value_range(
+    values: Float[Array | np.ndarray, "*shape"], percentiles: tuple[float, float] = (1, 99)
+) -> tuple[float, float]:
+    """Two percentiles of the values of a map, for its darkest and its brightest colour.
+
+    Attention is often nearly uniform: colours from 0 to the maximum would show one colour. Where the percentiles are
+    equal, the range is that of all values, and where these are equal, one about them.
+    """
+    values = np.asarray(values, np.float64)
+    low, high = np.percentile(values, percentiles)
+    if low == high:
+        low, high = values.min(), values.max()
+    margin = 0.0 if low < high else abs(low) or 1.0
+    return float(low - margin), float(high + margin)
+
+
 class PcaMap(NamedTuple):
     """The patches of an image as colours in 0–1, black in the background."""
 
@@ -81,17 +97,20 @@ def pca_maps(
     *,
     threshold: float | None = 0.5,
     flip: bool = False,
+    least_foreground: float = 0.05,
 ) -> list[PcaMap]:
     """The first three principal components of patch features as red, green and blue, with one basis for all images.
 
     The first component of a PCA over all patches, scaled to 0–1, is above the threshold in the foreground. Its sign is
     arbitrary, so it is chosen to be low along the borders of the images, where objects rarely are. A second PCA over
-    the foreground gives the colours, each component scaled to 0–1.
+    the foreground gives the colours, each component scaled to 0–1. No image is black: one of which hardly any patch is
+    above the threshold keeps all patches.
 
     Args:
         features: patch features of each image; the images may differ in size.
         threshold: threshold of the first component, in [0, 1); None takes every patch as foreground.
         flip: take the patches below the threshold as foreground.
+        least_foreground: share of an image's patches; with fewer in the foreground, all of its patches are.
 
     Returns:
         One map per image.
@@ -104,6 +123,10 @@ def pca_maps(
         first = _principal(patches, 1)[:, 0]
         inwards = border.all() or first[border].mean() <= first[~border].mean()
         foreground = _scaled(first if inwards != flip else -first) > threshold
+        ends = np.cumsum([rows * columns for rows, columns in shapes])
+        for end, (rows, columns) in zip(ends, shapes):
+            inside = foreground[end - rows * columns : end]
+            inside |= inside.mean() < least_foreground
     rgb = np.zeros((len(patches), 3))
     rgb[foreground] = _scaled(_principal(patches[foreground], 3))
     ends = np.cumsum([rows * columns for rows, columns in shapes])[:-1]

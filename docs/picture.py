@@ -3,7 +3,8 @@
     python docs/picture.py
 
 It writes docs/images/dahlia_and_pavilion.png: each photo, the attention of the class token in two heads of the last
-block, and the first three principal components of its patches as colours. The photos come with scikit-learn, under
+block, and the first three principal components of its patches as colours. The colours of an
+attention map range from its 1st to its 99th percentile. The photos come with scikit-learn, under
 CC BY 2.0: flower.jpg by vultilion and china.jpg by danielbuechele, both from flickr.com.
 """
 
@@ -17,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from converters import load_pretrained
-from dinojax.maps import cls_attention, pca_maps
+from dinojax.maps import cls_attention, pca_maps, value_range
 
 FILE = Path(__file__).parent / "images" / "dahlia_and_pavilion.png"
 MEAN, STD = (0.4913, 0.4821, 0.4465), (0.2452, 0.2428, 0.2606)  # of the images that the model was trained on
@@ -46,7 +47,8 @@ def main() -> None:
         (colours,) = pca_maps([patches.reshape(rows, columns, -1)], threshold=None)
         row[0].imshow(photo.resize((480, 320), Image.Resampling.BICUBIC))
         for axes, head in zip(row[1:3], HEADS):
-            axes.imshow(heads[head], cmap="magma", vmin=0, interpolation="nearest")
+            low, high = value_range(heads[head])
+            axes.imshow(heads[head], cmap="magma", vmin=low, vmax=high, interpolation="nearest")
         row[3].imshow(colours.rgb, interpolation="nearest")
         for axes in row:
             axes.set_aspect("auto")

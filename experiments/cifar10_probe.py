@@ -1,8 +1,9 @@
 """Many classifiers on the frozen features of one backbone, on CIFAR-10 or any labelled images, in one table.
 
-    python -m experiments.cifar10_probe --data cifar10 --weights dinov2_vits14 --classifiers all
-    python -m experiments.cifar10_probe --data path/to/folder --weights path/to/weights.pth
-    python -m experiments.cifar10_probe --data digits --weights random        (an untrained baseline)
+    python -m experiments.cifar10_probe cifar10 --weights dinov2_vits14 --classifiers all
+    python -m experiments.cifar10_probe path/to/folder --weights path/to/weights.pth
+    python -m experiments.cifar10_probe path/to/classes --val-fraction 0.2    (class folders without splits)
+    python -m experiments.cifar10_probe digits --weights random               (an untrained baseline)
 
 The backbone is not trained. Its features are computed once and cached, and the classifiers are fitted to them. Epochs,
 learning rates and penalties are selected on held-out training images; the test images are classified once, at the end.
@@ -34,6 +35,7 @@ def run(config: Config) -> Result:
     Raises:
         UserError: data, weights or settings that cannot be used; within seconds where that can be known in advance.
     """
+    config = config.resolved()
     config.check()
     from experiments.probing.classifier_report import classifier_report
     from experiments.probing.data import load_data

@@ -128,7 +128,8 @@ def draw_attention(folder: Path) -> None:
     side = _PIXELS // backbone.model.config.patch_size
     heads = np.asarray(cls_attention(attention, side, side))
     maps = np.concatenate([heads.mean(axis=1, keepdims=True), heads], axis=1)
-    title, note = "Attention of the class token in the last block", "teacher after DINO on the digits; bright is more"
+    title = "Attention of the class token in the last block"
+    note = "teacher after DINO on the digits; colours range from each map's 1st to its 99th percentile"
     save_attention_grid(folder / FIGURE, images, maps, title=title, note=note)
 
 

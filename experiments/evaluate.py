@@ -1,9 +1,9 @@
 """Evaluates frozen features by k-NN, linear probes and few-shot classifiers, for each network of a training.
 
-    python -m experiments.evaluate runs/dino_cifar100/small-seed0 --data cifar100
-    python -m experiments.evaluate runs/dino_cifar100/small-seed0 --data cifar10 --network teacher --untrained
-    python -m experiments.evaluate dinov2_vits14 --data path/to/folder --classifiers knn,sweep --resize 256
-    python -m experiments.evaluate runs/dino_cifar100/smoke-seed0 --data digits --sweep-steps 500
+    python -m experiments.evaluate runs/dino_cifar100/small-seed0 cifar100
+    python -m experiments.evaluate runs/dino_cifar100/small-seed0 cifar10 --network teacher --untrained
+    python -m experiments.evaluate dinov2_vits14 path/to/folder --classifiers knn,sweep --resize 256
+    python -m experiments.evaluate dinojax_vitt path/to/classes --val-fraction 0.2
 
 Every probe but the sweep is fitted to CLS tokens and to the mean of the patch tokens. Epochs and heads are selected on
 held-out training images; the test images are evaluated once. Features are cached: an interrupted evaluation resumes
@@ -29,6 +29,7 @@ def run(config: Config) -> "Result":
     Raises:
         UserError: weights, data or settings that cannot be used.
     """
+    config = config.resolved()
     config.check()
     from experiments.probing.data import load_data
     from experiments.probing.result import run_evaluation

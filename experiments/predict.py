@@ -19,7 +19,7 @@ import tyro
 
 from dinojax.commands import exit_on_user_error
 from dinojax.errors import UserError
-from experiments.features.backbones import is_random, load_backbone
+from experiments.features.backbones import is_random, load_backbone, short_name
 from experiments.runs.command_line import command_line
 from experiments.runs.settings import UNIMPORTANT, BatchSettings, Flags, FolderSettings, check_bounds, flat
 
@@ -55,7 +55,7 @@ class Config:
     image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     """An image file (JPEG, PNG, WebP and others), or a folder of them."""
     run: Path
-    """Output folder of cifar10_probe, or folder of one mode of finetune_folder."""
+    """Run folder of `dinojax probe` or `dinojax finetune`, or the folder of one mode of the latter."""
     classifiers: str = "all"
     """Comma-separated classifiers that the run has saved, such as linear,knn, or all of them."""
     model: Flags[RunBackbone] = RunBackbone()
@@ -68,11 +68,11 @@ def run(config: Config) -> dict[str, "Prediction"]:
     Raises:
         UserError: images, a run or a classifier that does not exist, or a backbone that is not the run's.
     """
-    from experiments.probing.classifiers import load_classifiers, read_index
+    from experiments.probing.classifiers import load_classifiers, read_index, run_with_classifiers
     from experiments.runs import records
 
     check_bounds(config)
-    folder = config.run.expanduser()
+    folder = run_with_classifiers(config.run.expanduser())
     index = read_index(folder)
     if "normalisation" not in index:
         raise UserError(
@@ -87,9 +87,9 @@ def run(config: Config) -> dict[str, "Prediction"]:
         found = {classifier.name: classifier.predict(features) for classifier in classifiers}
         _write_csv(partial / "predictions.csv", split, found, index["class_names"])
         records.write_json(partial / records.CONFIG_FILE, flat(config))
+    _print(split, found, index)
     with records.run_folder(out) as partial:
         _draw(partial / "predictions.png", split, found, index)
-    _print(split, found, index)
     for file in ("predictions.csv", "predictions.png"):
         print(f"  {out / file}")
     return found
@@ -152,7 +152,7 @@ def _draw(path: Path, split: "Split", found: Mapping[str, "Prediction"], index: 
     labelled = [
         [(titles[name], class_names[p.classes[i]], float(p.confidence[i])) for name, p in found.items()] for i in drawn
     ]
-    title = f"{index['weights']}{_untrained(index)}, {index['image_size']} px"
+    title = f"{short_name(index['weights'])}{_untrained(index)}, {index['image_size']} px"
     save_classified(path, [split.read(i) for i in drawn], [split.ids[i] for i in drawn], labelled, title=title)
 
 
@@ -165,14 +165,14 @@ def _print(split: "Split", found: Mapping[str, "Prediction"], index: Mapping[str
         percent = [f" {100 * p:.0f} %" if p == p else "" for p in prediction.confidence]
         columns[name] = [f"{class_names[prediction.classes[i]]}{percent[i]}" for i in shown]
     widths = {name: max(len(name), *map(len, cells)) + 2 for name, cells in columns.items()}
-    print(f"\n{index['weights']}{_untrained(index)}, {index['image_size']} px")
+    print(f"\n{short_name(index['weights'])}{_untrained(index)}, {index['image_size']} px")
     print("  ".join(["file".ljust(width), *(name.ljust(widths[name]) for name in columns)]).rstrip())
     for i in shown:
         name = split.ids[i] if len(split.ids[i]) <= width else f"…{split.ids[i][1 - width :]}"
         print("  ".join([name.ljust(width), *(columns[key][i].ljust(widths[key]) for key in columns)]).rstrip())
     if len(split) > _PRINTED:
         print(f"… and {len(split) - _PRINTED:,} more in predictions.csv")
-    print()
+    print(flush=True)
 
 
 def _untrained(index: Mapping[str, Any]) -> str:

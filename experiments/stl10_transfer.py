@@ -22,11 +22,11 @@ from dinojax.commands import exit_on_user_error
 from dinojax.documents import sha256_of_file
 from dinojax.errors import UserError
 from experiments.data.splits import Dataset, Split, digest
-from experiments.probing.config import EvaluationConfig
+from experiments.probing.config import EvaluationConfig, LabelledData
 from experiments.probing.data import load_data, make_fold
 from experiments.probing.result import EvaluationResult, run_evaluation
 from experiments.runs.command_line import command_line
-from experiments.runs.settings import POSITIVE, DataSettings, Flags, GivenBackbone, replace
+from experiments.runs.settings import POSITIVE, Flags, GivenBackbone, replace
 
 NAME = "stl10"
 _SIDE = 96
@@ -34,12 +34,13 @@ _OFFICIAL = "https://cs.stanford.edu/~acoates/stl10/"
 
 
 @dataclasses.dataclass(frozen=True)
-class Stl10Settings(DataSettings):
+class Stl10Settings(LabelledData):
     """STL-10, and how many of its images to use."""
 
     data: str = NAME
     """Name or folder of the images: stl10 (TensorFlow Datasets); the extracted official folder stl10_binary, which
-    holds train_X.bin and so on; or a folder with train/<class>/… and test/<class>/…."""
+    holds train_X.bin and so on; or a folder with train/<class>/… and test/<class>/…, or with <class>/… alone and
+    --val-fraction."""
     folds: Path | None = None
     """File of the official fold_indices.txt: ten lines of the numbers of 1,000 training images, in the order of the
     official files. Images in a folder must be named by these numbers (train/<class>/0123.png)."""
@@ -100,8 +101,9 @@ def load_stl10(config: Config) -> Dataset:
             ) from error
     if not is_binary(folder):
         return load_data(config)
-    if data.max_train is not None or data.max_test is not None:
-        raise UserError("--max-train and --max-test do not apply to the official folder stl10_binary; drop them")
+    if not (data.max_train is data.max_test is data.val_fraction is None):
+        flags = "--max-train, --max-test and --val-fraction"
+        raise UserError(f"{flags} do not apply to the official folder stl10_binary; drop them")
     names = (folder / "class_names.txt").read_text().split()
     return Dataset(NAME, tuple(names), *(read_binary(folder, split) for split in ("train", "test")))
 

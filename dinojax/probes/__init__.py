@@ -3,7 +3,7 @@
 Features are arrays "images dim", and labels are class indices. The features may come from any model.
 """
 
-from dinojax.probes.few_shot import few_shot
+from dinojax.probes.few_shot import few_shot, few_shot_predictions
 from dinojax.probes.labelled import few_shot_indices, split_heldout, stratified_subset
 from dinojax.probes.linear import (
     EpochMetrics,
@@ -45,6 +45,7 @@ __all__ = [
     "euclidean_neighbours",
     "few_shot",
     "few_shot_indices",
+    "few_shot_predictions",
     "fit_linear",
     "fit_linear_sweep",
     "fit_logistic",

@@ -36,16 +36,36 @@ def few_shot(
     Raises:
         UserError: an unknown method, a class with fewer images than `shots`, or features that are not finite.
     """
+    options = {"num_classes": num_classes, "shots": shots, "seeds": seeds, "methods": methods}
+    predicted = few_shot_predictions(train_features, train_labels, test_features, **options)
+    return {method: (classes == np.asarray(test_labels)[None]).mean(axis=1) for method, classes in predicted.items()}
+
+
+def few_shot_predictions(
+    train_features: Float[Array | np.ndarray, "train dim"],
+    train_labels: Int[Array | np.ndarray, " train"],
+    test_features: Float[Array | np.ndarray, "test dim"],
+    *,
+    num_classes: int,
+    shots: int = 5,
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    methods: Sequence[str] = FEW_SHOT_METHODS,
+) -> dict[str, Int[np.ndarray, "seeds test"]]:
+    """The classes that the classifiers of `few_shot` predict, by method.
+
+    Raises:
+        UserError: as in `few_shot`.
+    """
     for method in methods:
         require(method in FEW_SHOT_METHODS, "method", method, f"one of {', '.join(FEW_SHOT_METHODS)}")
-    accuracies: dict[str, list[float]] = {method: [] for method in methods}
+    classes: dict[str, list[np.ndarray]] = {method: [] for method in methods}
     for seed in seeds:
         chosen = few_shot_indices(train_labels, shots, seed)
         train = np.asarray(train_features)[chosen], np.asarray(train_labels)[chosen]
         predicted = _predict(train, test_features, methods, num_classes=num_classes, shots=shots)
         for method in methods:
-            accuracies[method].append(np.mean(predicted[method] == np.asarray(test_labels)))
-    return {method: np.array(values) for method, values in accuracies.items()}
+            classes[method].append(np.asarray(predicted[method]))
+    return {method: np.stack(rows) for method, rows in classes.items()}
 
 
 def _predict(train: tuple, test_features, methods: Sequence[str], *, num_classes: int, shots: int) -> dict:

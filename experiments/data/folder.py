@@ -23,8 +23,10 @@ SPLIT_NAMES = {
     "validation": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-_FLAG_NAMES = {"train": "train", "validation": "val", "test": "test"}  # --max-val, --val-split
+_EVALUATED_NAMES = SPLIT_NAMES["test"] + SPLIT_NAMES["validation"]
+_FLAG_NAMES = {"train": "train", "validation": "val", "test": "test"}  # --val-split
 _TRAIN_AND_TEST = "images belong in train/<class>/ and test/<class>/"
+_OR_DIVIDED = ", or in <class>/ with --val-fraction 0.2"
 _TRAIN_AND_VALIDATION = "images belong in training/<class>/ and validation/<class>/, or in <class>/ with --val-fraction"
 _MOST_COMPARED = 200_000  # images; opening a million files over a network takes long
 
@@ -46,30 +48,63 @@ class ImageFolder:
     notes: tuple[str, ...] = ()
 
 
-def load_folder(root: Path, *, max_train: int | None = None, max_test: int | None = None, seed: int = 0) -> Dataset:
+def load_folder(
+    root: Path,
+    *,
+    val_fraction: float | None = None,
+    dividable: bool = False,
+    max_train: int | None = None,
+    max_test: int | None = None,
+    seed: int = 0,
+) -> Dataset:
     """Training and test images from `train/<class>/…` and `test/<class>/…`, or any other of `SPLIT_NAMES`.
 
-    Images may lie at any depth below their class. Without a test folder, the validation images are the test images.
+    Images may lie at any depth below their class. Without a test folder, the validation images are evaluated, and the
+    split is called validation. With `val_fraction`, they are a share of the training images, which may lie in
+    `<class>/…` alone.
 
     Args:
         root: folder.
+        val_fraction: share of the images of each class, at least one, that become the validation images.
+        dividable: whether the command has --val-fraction, for its messages.
         max_train: number of training images to draw, from every class in proportion to its size. None takes all.
         max_test: number of test images to draw, in the same way.
         seed: of the draws.
 
     Raises:
         UserError: the folder has no training or no test images, an empty class, a class without training images, or
-            one class only.
+            one class only; or the fraction is superfluous or out of range.
     """
-    root = root.expanduser()
-    test = _find_split(root, "test") or _find_split(root, "validation")
-    folders = {"train": _find_split(root, "train"), "test": test}
-    for split, names in (("train", SPLIT_NAMES["train"]), ("test", SPLIT_NAMES["test"] + SPLIT_NAMES["validation"])):
-        if folders[split] is None:
-            raise UserError(f"{_lacking(root, f'folder {_either(names)}')}: {_TRAIN_AND_TEST}")
-    files, notes = _files_of_splits(root, folders, _TRAIN_AND_TEST)
-    classes, splits, more = _labelled(root, files, {"train": max_train, "test": max_test}, seed, _TRAIN_AND_TEST)
-    return Dataset(root.resolve().name, classes, splits["train"], splits["test"], (*notes, *more))
+    root, expected = root.expanduser(), _TRAIN_AND_TEST + (_OR_DIVIDED if dividable else "")
+    folders = _evaluated_folders(root, expected) if val_fraction is None else _one_folder(root, val_fraction)
+    files, notes = _files_of_splits(root, folders, expected)
+    if val_fraction is not None:
+        files["train"], files["validation"] = _divide(files["train"], val_fraction, seed)
+    _, evaluated = files
+    limits = {"train": ("--max-train", max_train), evaluated: ("--max-test", max_test)}
+    classes, splits, more = _labelled(root, files, limits, seed, expected)
+    return Dataset(root.resolve().name, classes, splits["train"], splits[evaluated], (*notes, *more))
+
+
+def _evaluated_folders(root: Path, expected: str) -> dict[str, Path]:
+    """The folders of the training images and of the test images, or of the validation images where no others are."""
+    train, evaluated = _find_split(root, "train"), {"test": _find_split(root, "test")}
+    if not evaluated["test"]:
+        evaluated = {"validation": _find_split(root, "validation")}
+    for found, names in ((train, SPLIT_NAMES["train"]), (*evaluated.values(), _EVALUATED_NAMES)):
+        if found is None:
+            raise UserError(f"{_lacking(root, f'folder {_either(names)}')}: {expected}")
+    return {"train": train, **evaluated}
+
+
+def _one_folder(root: Path, fraction: float) -> dict[str, Path]:
+    """The folder of the images that are divided."""
+    _check_fraction(fraction)
+    folders = _split_folders(root, dict.fromkeys(SPLIT_NAMES))
+    for split in ("test", "validation"):
+        if split in folders:
+            raise _superfluous(root, fraction, split, folders[split])
+    return folders
 
 
 def load_image_folder(
@@ -108,21 +143,21 @@ def load_image_folder(
     files, notes = _files_of_splits(root, folders, _TRAIN_AND_VALIDATION)
     if "validation" not in files or val_fraction is not None:
         notes += _add_validation(root, folders, files, val_fraction, seed)
-    limits = {"train": max_train, "validation": max_val}
+    limits = {"train": ("--max-train", max_train), "validation": ("--max-val", max_val)}
     classes, splits, more = _labelled(root, files, limits, seed, _TRAIN_AND_VALIDATION)
     name = root.resolve().name
     return ImageFolder(name, classes, splits["train"], splits["validation"], splits.get("test"), (*notes, *more))
 
 
 def _labelled(
-    root: Path, files: dict[str, Files], limits: Mapping[str, int | None], seed: int, expected: str
+    root: Path, files: dict[str, Files], limits: Mapping[str, tuple[str, int | None]], seed: int, expected: str
 ) -> tuple[tuple[str, ...], dict[str, Split], list[str]]:
     """Class names, splits and notes; the classes are those of the training images."""
     notes = _check_classes(root, files, expected)
     classes = tuple(files["train"])
     splits = {split: split_of_files(root, split, found, classes) for split, found in files.items()}
-    for split, limit in limits.items():
-        splits[split] = limit_images(splits[split], limit, f"--max-{_FLAG_NAMES[split]}", seed)
+    for split, (flag, limit) in limits.items():
+        splits[split] = limit_images(splits[split], limit, flag, seed)
     images = sum(map(len, splits.values()))
     if images > _MOST_COMPARED:
         return classes, splits, [*notes, f"{root.name}: {images:,} images are too many to look for copies among them"]
@@ -235,13 +270,10 @@ def _add_validation(
     root: Path, folders: dict[str, Path], files: dict[str, Files], fraction: float | None, seed: int
 ) -> list[str]:
     """Sets `files["validation"]` to some of the training images, or to the test images; returns notes."""
-    if fraction is not None and not 0 < fraction < 1:
-        raise UserError(f"--val-fraction {fraction} is not between 0 and 1; take 0.2 for a fifth of the images")
+    if fraction is not None:
+        _check_fraction(fraction)
     if "validation" in files:
-        raise UserError(
-            f"--val-fraction {fraction}: {root} has validation images already, in {folders['validation'].name}; "
-            "leave the flag out"
-        )
+        raise _superfluous(root, fraction, "validation", folders["validation"])
     if fraction is not None:
         files["train"], files["validation"] = _divide(files["train"], fraction, seed)
         return []
@@ -255,6 +287,17 @@ def _add_validation(
         f"{root.name} has no validation split: the best epoch is chosen on the test images, so their accuracy is "
         "biased upwards; --val-fraction 0.2 chooses it on training images instead"
     ]
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise UserError(f"--val-fraction {fraction} is not between 0 and 1; take 0.2 for a fifth of the images")
+
+
+def _superfluous(root: Path, fraction: float | None, split: str, folder: Path) -> UserError:
+    return UserError(
+        f"--val-fraction {fraction}: {root} has {split} images already, in {folder.name}; leave the flag out"
+    )
 
 
 def _divide(files: Files, fraction: float, seed: int) -> tuple[Files, Files]:

@@ -15,6 +15,8 @@ def load_dataset(
     data: str,
     *,
     data_dir: Path | None = None,
+    val_fraction: float | None = None,
+    dividable: bool = False,
     max_train: int | None = None,
     max_test: int | None = None,
     seed: int = 0,
@@ -25,6 +27,8 @@ def load_dataset(
         data: "digits", a folder, "tiny_imagenet", or a TensorFlow Datasets name such as "cifar10".
         data_dir: folder of prepared TensorFlow Datasets (None takes its own default) and of tiny-imagenet-200 (None
             takes the working folder).
+        val_fraction: share of the images of each class that become the evaluated images, in a folder without others.
+        dividable: whether the command has --val-fraction, for its messages.
         max_train: number of training images to draw, from every class in proportion to its size. None takes all.
         max_test: number of test images to draw, in the same way.
         seed: of the draws.
@@ -40,11 +44,15 @@ def load_dataset(
     elif tiny_imagenet.is_tiny_imagenet(root):
         dataset = tiny_imagenet.load_tiny_imagenet(root)
     elif root.is_dir():
-        return load_folder(root, max_train=max_train, max_test=max_test, seed=seed)
+        options = {"val_fraction": val_fraction, "dividable": dividable, "seed": seed}
+        return load_folder(root, max_train=max_train, max_test=max_test, **options)
     elif root.name != data or data.startswith((".", "~")):
         raise UserError(f"--data {data}: there is no such folder")
     else:
         dataset = load_tfds(data, data_dir)
+    if val_fraction is not None:
+        held = f"{data} has {dataset.test.name} images already"
+        raise UserError(f"--val-fraction {val_fraction}: {held}; leave the flag out")
     _check_classes(dataset)
     train = limit_images(dataset.train, max_train, "--max-train", seed)
     return dataclasses.replace(dataset, train=train, test=limit_images(dataset.test, max_test, "--max-test", seed))

@@ -61,7 +61,10 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Images to learn from and images to evaluate on; `notes` are sentences that the user should read."""
+    """Images to learn from and images to evaluate on; `notes` are sentences that the user should read.
+
+    `test.name` is "validation" where the validation images are evaluated for want of others.
+    """
 
     name: str
     class_names: tuple[str, ...]

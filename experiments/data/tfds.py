@@ -60,10 +60,7 @@ def read_prepared(name: str, builder: Any) -> Dataset:
     test_name = next((split for split in ("test", "validation") if split in builder.info.splits), None)
     if "train" not in builder.info.splits or test_name is None:
         raise UserError(f"--data {name}: it has the splits {sorted(builder.info.splits)}, not train and test")
-    train, test = (
-        _tfds_split(builder, split, source, image_key, label_key)
-        for split, source in (("train", "train"), ("test", test_name))
-    )
+    train, test = (_tfds_split(builder, split, image_key, label_key) for split in ("train", test_name))
     return Dataset(name, tuple(features[label_key].names), train, test)
 
 
@@ -111,13 +108,13 @@ def _image_and_label(name: str, features: Any) -> tuple[str, str]:
     return images[0], "label" if "label" in labels else labels[0]
 
 
-def _tfds_split(builder: Any, name: str, source_name: str, image_key: str, label_key: str) -> Split:
+def _tfds_split(builder: Any, name: str, image_key: str, label_key: str) -> Split:
     """A split whose labels are read now, and whose images are decoded when they are needed."""
     import tensorflow_datasets as tfds
 
     skip = {image_key: tfds.decode.SkipDecoding()}
     try:
-        source = builder.as_data_source(source_name, decoders=skip)
+        source = builder.as_data_source(name, decoders=skip)
     except NotImplementedError as error:
         raise UserError(
             f"--data {builder.name}: it was prepared in {builder.data_path} in a format without random access; "
@@ -128,12 +125,12 @@ def _tfds_split(builder: Any, name: str, source_name: str, image_key: str, label
     labels, ids = [], []
     for i, example in enumerate(source):
         labels.append(example[label_key])
-        ids.append(example["id"].decode() if has_ids else f"{source_name}/{i}")
-    info = builder.info.splits[source_name]
+        ids.append(example["id"].decode() if has_ids else f"{name}/{i}")
+    info = builder.info.splits[name]
     return Split(
         name,
         ids,
         np.array(labels, np.int64),
-        lambda i: decode_rgb(io.BytesIO(source[i][image_key]), f"image {i} of {builder.info.full_name} {source_name}"),
-        digest(builder.info.full_name, source_name, str(info.num_bytes), str(info.shard_lengths)),
+        lambda i: decode_rgb(io.BytesIO(source[i][image_key]), f"image {i} of {builder.info.full_name} {name}"),
+        digest(builder.info.full_name, name, str(info.num_bytes), str(info.shard_lengths)),
     )

@@ -68,7 +68,7 @@ def load_tiny_imagenet(root: Path) -> Dataset:
     layout = read_layout(root)
     train, test = (
         split_of_files(root, name, {wnid: [root / path for path in found[wnid]] for wnid in found}, list(layout.train))
-        for name, found in (("train", layout.train), ("test", layout.validation))
+        for name, found in (("train", layout.train), ("validation", layout.validation))
     )
     return Dataset(root.resolve().name, layout.class_names, train, test)
 

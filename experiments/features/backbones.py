@@ -11,11 +11,13 @@ from flax import nnx
 
 from dinojax import VARIANTS, UserError, VisionTransformer
 from dinojax.models.files import is_model_folder, read_source, shipped_folder
+from experiments.features.run_folders import TUNED_MODEL, backbone_of_run, check_unchanged
+from experiments.features.unfinished import find_in_checkpoints, load_from_checkpoint, place_in_checkpoint
+from experiments.runs.kinds import NETWORKS
 from experiments.runs.records import TRACES_OF_TRAINING
 
 RANDOM = "random"
 DEFAULT_SHAPE = "dinov2_vits14"
-NETWORKS = ("teacher", "student")
 
 Normalisation = Sequence[Sequence[float]]  # mean and standard deviation of red, green and blue (0–1)
 
@@ -25,7 +27,7 @@ class Backbone(NamedTuple):
 
     Attributes:
         model: of any size.
-        weights: what the model was read from; in a run folder, the folder of the network.
+        weights: what the model was read from; in a run folder, the folder of the network, or its checkpoint and name.
         source: origin of the weights, as recorded in the model folder.
     """
 
@@ -56,8 +58,13 @@ def load_backbone(weights: str, *, seed: int, cache_dir: Path | None, network: s
     Raises:
         UserError: the checkpoint, file, network or architecture does not exist, or cannot be downloaded.
     """
-    weights = find_network(weights, network)
+    given, weights = weights, find_network(weights, network)
+    if place_in_checkpoint(weights):
+        return Backbone(*load_from_checkpoint(weights))
     model, source = _load_model(weights, seed, cache_dir), _source(weights)
+    if not _is_within(weights, given):
+        check_unchanged(given, weights, model)
+        print(f"note: {given} holds a head alone; the backbone below it, {weights}, is used")
     if model.config.in_chans != 3:
         raise UserError(
             f"{weights} takes images of {model.config.in_chans} channels; the commands read red, green, blue"
@@ -68,26 +75,25 @@ def load_backbone(weights: str, *, seed: int, cache_dir: Path | None, network: s
 def find_networks(weights: str) -> dict[str, str]:
     """Network → its model folder in a run folder, the teacher first; empty if `weights` is not a run folder.
 
+    The networks of a training that has not ended are in its newest sound checkpoint.
+
     Raises:
-        UserError: the training of the run folder has not ended.
+        UserError: the training of the run folder has not ended, and there is no network in a checkpoint.
     """
-    folder = Path(weights).expanduser()
+    folder = Path(backbone_of_run(weights)).expanduser()
     held = {name: str(folder / name) for name in NETWORKS if is_model_folder(folder / name)}
     if not held and any((folder / trace).exists() for trace in TRACES_OF_TRAINING):
-        raise UserError(
-            f"{weights} is the run of a training that has not ended: it holds no {NETWORKS[0]} yet; repeat the "
-            "training's command, which resumes it"
-        )
+        return find_in_checkpoints(folder)
     return held
 
 
 def find_network(weights: str, network: str = NETWORKS[0]) -> str:
-    """The model folder of a network in a training's run folder; other `weights` are returned unchanged.
+    """Where a network of a training's run folder is; other `weights` are returned unchanged.
 
     Raises:
         UserError: the run folder does not hold the network, or the student is asked for and there is no run folder.
     """
-    held = find_networks(weights)
+    held, weights = find_networks(weights), backbone_of_run(weights)
     if network in held:
         return held[network]
     if held:
@@ -95,6 +101,13 @@ def find_network(weights: str, network: str = NETWORKS[0]) -> str:
     if network != NETWORKS[0]:
         raise UserError(f"--network {network}: {weights} is not the run folder of a training with several networks")
     return weights
+
+
+def short_name(weights: str) -> str:
+    """The end of a path, as titles show it: a folder and what is in it, of a run's network also the run."""
+    path = Path(weights)
+    parts = [part for part in path.parts if part != path.anchor]
+    return "/".join(parts[-3 if path.name in (*NETWORKS, TUNED_MODEL) else -2 :]) or weights
 
 
 def is_random(weights: str) -> bool:
@@ -119,7 +132,14 @@ def _load_model(weights: str, seed: int, cache_dir: Path | None) -> VisionTransf
     try:
         return load_pretrained(weights, cache_dir=cache_dir)
     except UserError as error:
-        raise UserError(f"{weights}: {error}; `make demo` needs neither weights nor data") from error
+        raise UserError(
+            f"{weights}: {error}; dinojax_vitt comes with the package and needs no network (--weights dinojax_vitt)"
+        ) from error
+
+
+def _is_within(path: str, folder: str) -> bool:
+    inner = Path(path).expanduser()
+    return Path(folder).expanduser() in (inner, *inner.parents)
 
 
 def _source(weights: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ blocks, in a model with fewer), followed by the mean of the last block's normali
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -34,6 +33,7 @@ from experiments.data.splits import Split, digest
 from experiments.data.squares import load_square
 from experiments.features.backbones import Normalisation
 from experiments.features.cache import ShardCache
+from experiments.features.fingerprints import fingerprint
 from experiments.features.parts import FeatureParts
 from experiments.runs.settings import Dtype, resolve_dtype
 
@@ -269,6 +269,18 @@ def make_forward(
     return lambda pixels: forward(state, pixels)
 
 
+def seen_size(model: VisionTransformer, image_size: int) -> str:
+    """A note about the pixels that models of the family dino cut off; "" where whole patches fill the image."""
+    patch = model.config.patch_size
+    seen = image_size // patch * patch
+    if seen == image_size:
+        return ""
+    return (
+        f"images of {image_size}×{image_size} px are not whole patches of {patch} px: the model sees {seen}×{seen} px, "
+        "and the rest on the right and at the bottom is cut off"
+    )
+
+
 def check_image_size(model: VisionTransformer, image_size: int) -> None:
     """Raises a `UserError` for a size that the model does not take."""
     patch, needs_multiple = model.config.patch_size, model.config.family == "dinov2"
@@ -280,15 +292,6 @@ def check_image_size(model: VisionTransformer, image_size: int) -> None:
             f"--image-size {image_size} is not a multiple of the model's patch size {patch}; "
             f"take {below} or {below + patch}"
         )
-
-
-def fingerprint(model: VisionTransformer) -> str:
-    """SHA-256 over the configuration and every parameter."""
-    sha256 = hashlib.sha256(json.dumps(dataclasses.asdict(model.config), sort_keys=True).encode())
-    for name, array in sorted(named_parameters(model).items()):
-        sha256.update(f"{name} {array.dtype} {array.shape}".encode())
-        sha256.update(np.asarray(array).tobytes())
-    return sha256.hexdigest()
 
 
 def _one_behind(results: Iterator[tuple]) -> Iterator[tuple]:

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 
+from dinojax.maps import value_range
 from experiments.figures.style import INK, MUTED, save_figure
 
 _PANEL, _TOP, _HEAD = 1.15, 0.75, 0.25  # inches
@@ -20,6 +21,8 @@ def save_attention_grid(
     note: str,
 ) -> None:
     """Draws each image, then the attention of its class token: the mean of the heads and every head.
+
+    The colours of a map range from its 1st to its 99th percentile (`dinojax.maps.value_range`).
 
     Args:
         path: PNG file to write.
@@ -47,4 +50,5 @@ def _draw_row(axes: np.ndarray, image: np.ndarray, maps: np.ndarray) -> None:
         panel.set_axis_off()
     axes[0].imshow(image, interpolation="nearest")
     for panel, values in zip(axes[1:], maps):
-        panel.imshow(values, cmap="magma", vmin=0, vmax=values.max(), interpolation="nearest")
+        low, high = value_range(values)
+        panel.imshow(values, cmap="magma", vmin=low, vmax=high, interpolation="nearest")

@@ -9,10 +9,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from experiments.figures.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, interpolation, save_figure, shorten, style
+from experiments.figures.style import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    RED,
+    bound_percent,
+    interpolation,
+    save_figure,
+    set_title,
+    shorten,
+    style,
+)
 
 _COLUMNS = 8
 _COLUMN, _ROW, _HEADING, _TITLE = 1.6, 2.0, 0.36, 0.45  # inches
+_TITLE_LETTERS = 115
 
 
 def save_curves(
@@ -46,8 +60,9 @@ def save_curves(
         axes.axvline(best_epoch + 1, color=MUTED, lw=1, ls=":", label=f"selected: epoch {best_epoch + 1}")
         style(axes, "epoch", label)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    bound_percent(panels[1], "y")
     panels[0].legend(frameon=False, fontsize=9, labelcolor=INK)
-    figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
+    set_title(figure, title)
     save_figure(figure, path)
 
 
@@ -80,6 +95,7 @@ def save_predictions(
     rows = [-(-len(indices) // _COLUMNS) for *_, indices in groups]
     heights = [_HEADING + _ROW * count for count in rows]
     figure = Figure(figsize=(_COLUMN * _COLUMNS, _TITLE + sum(heights)), facecolor="white")
+    title = shorten(title, _TITLE_LETTERS)
     figure.text(0.01, 1 - 0.5 * _TITLE / figure.get_figheight(), title, fontsize=14, color=INK, va="center")
     top = figure.get_figheight() - _TITLE
     for (word, color, indices), height in zip(groups, heights):

@@ -1,10 +1,14 @@
-"""Figures of what a model sees in images: the attention of every head, its masks, patch PCA and patch similarity."""
+"""Figures of what a model sees in images: the attention of every head, its masks, patch PCA and patch similarity.
+
+The colours of an attention map range from its 1st to its 99th percentile (`dinojax.maps.value_range`).
+"""
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -15,7 +19,7 @@ from matplotlib.colors import Normalize, hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dinojax.maps import PcaMap, upsample
+from dinojax.maps import PcaMap, upsample, value_range
 from experiments.figures.style import INK, MUTED, interpolation, save_figure, shorten
 
 _HEAT = "magma"
@@ -39,7 +43,7 @@ def save_attention(
 ) -> None:
     """Draws the image and the attention of the class token: the mean of the heads, then every head.
 
-    The colours of a panel range from 0 to its own maximum, which is written above it.
+    The range of a panel's colours is written above it, in per cent of all attention.
 
     Args:
         path: PNG file to write.
@@ -51,12 +55,16 @@ def save_attention(
     sheet = _sheet({"": 1 + len(attention)}, pixels.shape[1] / pixels.shape[0], title, note, bottom=_BAR)
     _show(next(sheet.axes), pixels, "image")
     for (name, color), values in zip(_labels(len(attention)), attention):
-        axes, largest = next(sheet.axes), float(values.max())
-        _show(axes, pixels, name, color, f"max {100 * largest:.2g} %")
-        _heat(axes, pixels.shape, values, 0, largest)
-    label = "attention of the class token to a patch, as a share of the panel's maximum (max)"
-    _bar(sheet.figure, Normalize(0, 1), label)
+        axes, (low, high) = next(sheet.axes), value_range(values)
+        _show(axes, pixels, name, color, _percent_range(low, high))
+        _heat(axes, pixels.shape, values, low, high)
+    ends = {0: "1st percentile", 1: "99th percentile of the panel"}
+    _bar(sheet.figure, Normalize(0, 1), "attention of the class token to a patch; above each panel, in per cent", ends)
     save_figure(sheet.figure, path)
+
+
+def _percent_range(low: float, high: float) -> str:
+    return f"{100 * max(low, 0):.2g}–{100 * high:.2g} %"
 
 
 def save_masks(
@@ -113,12 +121,68 @@ def save_pca(
     sheet = _sheet({"": 2 * len(images)}, aspect, title, note, group=2, side=side)
     for pixels, found, name in zip(images, maps, image_names):
         axes = next(sheet.axes)
-        inches = axes.get_position(original=True).width * sheet.figure.get_figwidth()
-        _show(axes, pixels, shorten(name, int(inches / _LETTER)))
+        _show(axes, pixels, shorten(name, _letters(axes)))
         axes = next(sheet.axes)
         _show(axes, pixels, "PCA", MUTED, f"{100 * found.foreground.mean():.0f} % foreground")
         axes.imshow(found.rgb, extent=_extent(pixels.shape), interpolation="nearest")
     save_figure(sheet.figure, path)
+
+
+class SheetRow(NamedTuple):
+    """One image of a contact sheet.
+
+    Attributes:
+        pixels: RGB.
+        name: to write above the image.
+        attention: the mean of the heads.
+        mask: the patches that hold most of it.
+        similarity: to one of the patches.
+        pca: colours of the patches.
+    """
+
+    pixels: UInt8[np.ndarray, "height width 3"]
+    name: str
+    attention: Float[np.ndarray, "rows columns"]
+    mask: Bool[np.ndarray, "rows columns"]
+    similarity: Float[np.ndarray, "rows columns"]
+    pca: PcaMap
+
+
+def save_contact_sheet(path: Path, images: Sequence[SheetRow], *, title: str, note: str) -> None:
+    """Draws a row for each image: attention (the mean of the heads), its mask, similarity and PCA of the patches.
+
+    Args:
+        path: PNG file to write.
+        images: one or more, of any sizes.
+        title: first line.
+        note: second line.
+    """
+    aspect = float(np.median([image.pixels.shape[1] / image.pixels.shape[0] for image in images]))
+    sheet = _sheet({"": 5 * len(images)}, aspect, title, note, group=5, side=_SMALL)
+    for image in images:
+        pixels, axes = image.pixels, next(sheet.axes)
+        _show(axes, pixels, shorten(image.name, _letters(axes)))
+        axes, (low, high) = next(sheet.axes), value_range(image.attention)
+        _show(axes, pixels, "attention", MUTED, _percent_range(low, high))
+        _heat(axes, pixels.shape, image.attention, low, high)
+        axes, inside = next(sheet.axes), upsample(image.mask, pixels.shape[0] // image.mask.shape[0])
+        _show(axes, _painted(pixels, inside, to_rgb(INK)), "mask", MUTED, f"{100 * image.mask.mean():.0f} % kept")
+        axes = next(sheet.axes)
+        _show(axes, pixels, "similarity", MUTED, f"min {image.similarity.min():.2f}")
+        _heat(axes, pixels.shape, image.similarity, *_similarity_range(image.similarity))
+        axes = next(sheet.axes)
+        _show(axes, pixels, "PCA", MUTED, f"{100 * image.pca.foreground.mean():.0f} % coloured")
+        axes.imshow(image.pca.rgb, extent=_extent(pixels.shape), interpolation="nearest")
+    save_figure(sheet.figure, path)
+
+
+def _letters(axes: Axes) -> int:
+    """Letters that fit above a panel."""
+    return int(axes.get_position(original=True).width * axes.figure.get_figwidth() / _LETTER)
+
+
+def _similarity_range(similarity: Float[np.ndarray, "rows columns"]) -> tuple[float, float]:
+    return min(float(similarity.min()), 0.999), 1.0
 
 
 def save_similarity(
@@ -149,7 +213,7 @@ def save_similarity(
     for spine in picture.spines.values():
         spine.set_visible(False)
     _show(heat, pixels, "similarity", right=f"min {similarity.min():.2f}")
-    norm = Normalize(min(float(similarity.min()), 0.999), 1)
+    norm = Normalize(*_similarity_range(similarity))
     _heat(heat, pixels.shape, similarity, norm.vmin, norm.vmax)
     corner = tuple(place // patch * patch - 0.5 for place in point)
     for axes in (picture, heat):
@@ -253,11 +317,15 @@ def _painted(pixels: np.ndarray, inside: np.ndarray, color: tuple[float, ...]) -
     return np.where(inside[..., None], tinted, 0.3 * grey + 0.7 * 245).astype(np.uint8)
 
 
-def _bar(figure: Figure, norm: Normalize, label: str) -> None:
-    """Draws a colour bar in the lower left corner, with a label above it."""
+def _bar(figure: Figure, norm: Normalize, label: str, ends: Mapping[float, str] | None = None) -> None:
+    """Draws a colour bar in the lower left corner, with a label above it; `ends` are names of its ticks."""
     width, height = figure.get_size_inches()
     axes = figure.add_axes(((_GAP + 0.1) / width, 0.32 / height, 3.2 / width, 0.12 / height))
     bar = figure.colorbar(ScalarMappable(norm, colormaps[_HEAT]), cax=axes, orientation="horizontal")
     bar.outline.set_visible(False)
     axes.tick_params(colors=MUTED, labelsize=8, length=2)
+    if ends:
+        bar.set_ticks(list(ends), labels=list(ends.values()))
+        for tick, side in zip(axes.get_xticklabels(), ("left", "right")):
+            tick.set_horizontalalignment(side)
     figure.text((_GAP + 0.1) / width, 0.5 / height, label, fontsize=8.5, color=INK)

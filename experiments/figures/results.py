@@ -19,21 +19,32 @@ from experiments.figures.style import (
     MUTED,
     ORANGE,
     RED,
+    bound_percent,
     interpolation,
     save_figure,
+    set_title,
     shorten,
     style,
 )
 
-_WEIGHTED = {f"weighted_{name.lower()}": f"weighted {name}" for name in ("precision", "recall", "F1")}
-_BARS = {"accuracy": "accuracy", **_WEIGHTED}
+# Weighted recall is the accuracy.
+_BARS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
+_BARS |= {f"weighted_{name.lower()}": f"weighted {name}" for name in ("precision", "F1")}
 _MOST_LABELLED, _MOST_NUMBERED = 30, 12  # classes whose names, and whose percentages, fit a confusion matrix
 _MOST_COLOURS = 20
 _LINES = (BLUE, ORANGE, GREEN, RED)
 
 
-def save_bars(path: Path, metrics: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], *, title: str) -> None:
-    """Draws accuracy, weighted precision, recall and F1 of every classifier on test and training images.
+def save_bars(
+    path: Path,
+    metrics: Mapping[str, Mapping[str, Any]],
+    titles: Mapping[str, str],
+    *,
+    evaluated: str = "test",
+    balanced: bool = False,
+    title: str,
+) -> None:
+    """Draws accuracy, weighted precision and F1 of every classifier on test and training images.
 
     The test metrics have confidence intervals, and the test accuracy is written below the bars.
 
@@ -41,21 +52,24 @@ def save_bars(path: Path, metrics: Mapping[str, Mapping[str, Any]], titles: Mapp
         path: PNG file to write.
         metrics: classifier → "train" and "test" → metrics as `compute_metrics` returns them.
         titles: classifier → its title.
+        evaluated: what the test images are called.
+        balanced: whether to draw balanced accuracy beside accuracy.
         title: one line.
     """
+    bars = {key: label for key, label in _BARS.items() if balanced or key != "balanced_accuracy"}
     names = list(metrics)
     figure = Figure(figsize=(max(8.0, 2.0 + 1.7 * len(names)), 4.6), layout="constrained", facecolor="white")
     axes = figure.subplots()
     width, colors = 0.19, ("#1d4777", "#2f6db5", "#6d9ed4", "#a9c8ea")
-    for place, (key, label) in enumerate(_BARS.items()):
-        x = np.arange(len(names)) + (place - 1.5) * (width + 0.02)
+    for place, (key, label) in enumerate(bars.items()):
+        x = np.arange(len(names)) + (place - (len(bars) - 1) / 2) * (width + 0.02)
         test, train = ([100 * metrics[name][part][key] for name in names] for part in ("test", "train"))
         ends = 100 * np.array([metrics[name]["test"]["interval"][key] for name in names]).T
         # A percentile interval need not contain the value; the error bar then ends at the value.
         errors = np.maximum([test - ends[0], ends[1] - test], 0)
-        axes.bar(x, test, width, color=colors[place], label=f"{label}, test")
+        axes.bar(x, test, width, color=colors[place], label=f"{label}, {evaluated}")
         axes.errorbar(x, test, errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
-        axes.plot(x, train, "_", color=ORANGE, ms=9, mew=2, label="the same metric, train" if place == 0 else None)
+        axes.plot(x, train, "_", color=ORANGE, ms=9, mew=2, label="the same on training images" if place == 0 else None)
     style(axes, "", "%")
     axes.grid(visible=False, axis="x")
     shown = [f"{_wrapped(titles[name])}\n{100 * metrics[name]['test']['accuracy']:.1f} %" for name in names]
@@ -63,7 +77,7 @@ def save_bars(path: Path, metrics: Mapping[str, Mapping[str, Any]], titles: Mapp
     axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
-    figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
+    set_title(figure, title)
     save_figure(figure, path)
 
 
@@ -101,7 +115,7 @@ def save_confusion(
     axes.tick_params(length=0, labelcolor=INK, labelsize=9)
     for spine in axes.spines.values():
         spine.set_color(GRID)
-    figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
+    set_title(figure, title, 11)
     save_figure(figure, path)
 
 
@@ -132,9 +146,10 @@ def save_grid(
         axes.plot(x, 100 * np.asarray(accuracies), color=color, marker="o", ms=4, label=label)
     axes.plot(chosen[0], 100 * chosen[1], "o", ms=12, mfc="none", mec=INK, mew=1.5, label="selected")
     style(axes, xlabel, ylabel)
+    bound_percent(axes, "y")
     axes.set_xscale("log")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
+    set_title(figure, title)
     save_figure(figure, path)
 
 
@@ -173,7 +188,7 @@ def save_map(
         for handle in legend.legend_handles:
             handle.set_sizes([40])
             handle.set_alpha(1)
-    figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
+    set_title(figure, title)
     save_figure(figure, path)
 
 
@@ -205,9 +220,9 @@ def save_classified(
     for (picture, bars), pixels, name, given in zip(panels, images, image_names, predictions):
         picture.imshow(pixels, interpolation=interpolation(pixels))
         picture.set_axis_off()
-        picture.set_title(shorten(name, 26), fontsize=9, color=INK)
+        picture.set_title(shorten(name, 22), fontsize=9, color=INK)
         _draw_predictions(bars, given)
-    figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
+    set_title(figure, title)
     save_figure(figure, path)
 
 

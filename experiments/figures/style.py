@@ -1,5 +1,6 @@
 """The style of all figures. Matplotlib's global state is not used, and no display is needed."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,25 @@ INK, MUTED, GRID = "#22262b", "#6b7480", "#e4e7eb"
 BLUE, ORANGE, GREEN, RED = "#2f6db5", "#d9782d", "#2a8a57", "#c43c39"
 _DPI = 150
 _SMALL = 96  # px
+_LETTER = 0.0086  # width of a letter in inches, for each point of its size
 
 
 def shorten(name: str, letters: int) -> str:
     """`name`, or its beginning with an ellipsis: at most `letters` letters."""
     return name if len(name) <= letters else name[: letters - 1] + "…"
+
+
+def set_title(figure: Figure, text: str, size: float = 12) -> None:
+    """Writes a title in the upper left corner; each of its lines takes up to two lines of the figure's width."""
+    letters = int((figure.get_figwidth() - 0.2) / (_LETTER * size))
+    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, letters, max_lines=2, placeholder=" …")]
+    figure.suptitle("\n".join(lines), fontsize=size, color=INK, x=0.01, ha="left")
+
+
+def bound_percent(axes: Axes, axis: str) -> None:
+    """Ends an axis of percentages, "x" or "y", at 0 and at 100."""
+    low, high = getattr(axes, f"get_{axis}lim")()
+    getattr(axes, f"set_{axis}lim")(max(low, 0), min(high, 100))
 
 
 def interpolation(pixels: UInt8[np.ndarray, "height width 3"]) -> str:

@@ -22,6 +22,7 @@ from experiments.runs.settings import (
     ResumableSettings,
     check_bounds,
     flat,
+    given_once,
     replace,
     require,
 )
@@ -58,7 +59,9 @@ MODE_DEFAULTS = {
 class FolderSettings:
     """The labelled images."""
 
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), UNIMPORTANT]
+    folder: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DIR"), UNIMPORTANT] = None
+    """Folder of the images; --data DIR is the same."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR"), UNIMPORTANT] = None
     """Folder of the images: training/<class>/… and validation/<class>/… (also train, val, valid), at any depth, with or
     without test/<class>/…; or class folders alone, with --val-fraction."""
     train_split: str | None = None
@@ -185,7 +188,7 @@ class ResumableRun(ResumableSettings):
 class FinetuneConfig:
     """Supervised training on a folder of images."""
 
-    dataset: Flags[FolderSettings]
+    dataset: Flags[FolderSettings] = FolderSettings()
     model: Flags[TunedModel] = TunedModel()
     training: Flags[TrainingSettings] = TrainingSettings()
     views: Flags[ViewSettings] = ViewSettings()
@@ -203,6 +206,17 @@ class FinetuneConfig:
     def modes(self) -> tuple[str, ...]:
         """What is trained, in order."""
         return MODES if self.training.mode == "all" else (self.training.mode,)
+
+    def resolved(self) -> "FinetuneConfig":
+        """The same settings with the folder of the images in `folder`, wherever it was given.
+
+        Raises:
+            UserError: it was given twice and differs, or not at all.
+        """
+        given = given_once(self.dataset.folder, self.dataset.data, "data")
+        if given is None:
+            raise UserError("no images were given; name their folder first, or as --data DIR")
+        return dataclasses.replace(self, dataset=dataclasses.replace(self.dataset, folder=given, data=None))
 
     def check(self) -> None:
         """Raises a `UserError` for settings that make no run."""

@@ -40,7 +40,7 @@ from experiments.data.folder import load_image_folder
 from experiments.data.loader import Batch
 from experiments.data.splits import Split
 from experiments.features.backbones import is_random, load_backbone
-from experiments.features.extractor import check_image_size
+from experiments.features.extractor import check_image_size, seen_size
 from experiments.finetuning.config import FinetuneConfig, FinetuneResult, TrainingSettings
 from experiments.finetuning.data import FeatureData, ImageData, Placement, Task
 from experiments.finetuning.result import BestEpoch, finish, report
@@ -59,6 +59,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         UserError: images, weights or settings that cannot be used, a run folder of other settings, or a loss that is
             not finite.
     """
+    config = config.resolved()
     config.check()
     out = config.folder
     task = make_task(config)
@@ -287,5 +288,7 @@ def _introduce(config: FinetuneConfig, task: Task) -> None:
         f"{len(devices)} × {devices[0].device_kind}",
         flush=True,
     )
+    if cut := seen_size(task.backbone.model, task.image_size):
+        print(f"note: {cut}")
     if is_random(config.model.weights):
         print("UNTRAINED: these weights are random; the numbers show what the architecture alone gives", flush=True)

@@ -14,9 +14,10 @@ from scipy.special import softmax
 import dinojax
 from dinojax.documents import write_whole
 from dinojax.finetune import MODES, ImageClassifier
-from experiments.features.extractor import fingerprint
+from experiments.features.fingerprints import fingerprint
+from experiments.features.run_folders import TUNED_MODEL
 from experiments.figures.results import save_confusion
-from experiments.figures.style import BLUE, GREEN, INK, ORANGE, RED, save_figure, style
+from experiments.figures.style import BLUE, GREEN, INK, ORANGE, RED, bound_percent, save_figure, set_title, style
 from experiments.finetuning.config import FinetuneConfig
 from experiments.finetuning.data import Task
 from experiments.probing.classifiers import FINETUNED, Classifier, Prediction, save_classifiers
@@ -24,7 +25,7 @@ from experiments.probing.metrics import compute_metrics, write_predictions
 from experiments.runs import records
 from experiments.runs.log import read_log
 
-MODEL, PREDICTIONS, CONFUSION, CURVES = "model", "predictions.csv", "confusion.png", "curves.png"
+PREDICTIONS, CONFUSION, CURVES = "predictions.csv", "confusion.png", "curves.png"
 _COLORS = dict(zip(MODES, (BLUE, ORANGE, GREEN, RED)))
 
 
@@ -49,12 +50,12 @@ class BestEpoch(NamedTuple):
 def finish(
     folder: Path, config: FinetuneConfig, task: Task, tuned: ImageClassifier, best: BestEpoch, dtype: str
 ) -> None:
-    """Writes everything about one mode; metrics.json marks it as finished. The figure comes after all results."""
+    """Writes everything about one mode; metrics.json marks it as finished. Figures are drawn by `report`."""
     names, log = task.images.class_names, read_log(folder)
     splits, predictions, metrics = task.evaluated, {}, {}
     for split in splits:
         predictions[split.name] = _prediction(best.logits[split.name])
-        metrics[split.name] = _metrics(split.labels, predictions[split.name], names, config.run.seed)
+        metrics[split.name] = compute_metrics(split.labels, predictions[split.name], names, seed=config.run.seed)
     write_predictions(folder / PREDICTIONS, [(split, predictions[split.name]) for split in splits], names)
     _save_model(folder, config, task, tuned, dtype)
     seconds = [record["seconds"] for record in log]
@@ -83,22 +84,22 @@ def finish(
         "environment": records.environment(),
     }
     records.write_json(folder / records.METRICS_FILE, document)
-    last = splits[-1]  # the test images where there are some
-    title = f"{task.images.name}, {config.training.mode}: {len(last):,} {last.name} images"
-    save_confusion(folder / CONFUSION, np.array(metrics[last.name]["confusion"]), names, title=title)
 
 
 def report(out: Path) -> dict[str, dict[str, Any]]:
-    """Writes the table, the curves and metrics.json of every mode that is finished; returns the metrics by mode."""
+    """Writes metrics.json and the table of every mode that is finished, then figures; returns the metrics by mode."""
     finished = {mode: out / mode for mode in MODES if (out / mode / records.METRICS_FILE).is_file()}
     found = {mode: records.read_json(folder / records.METRICS_FILE) for mode, folder in finished.items()}
     write_whole(out / records.METRICS_FILE, (json.dumps(found, indent=2) + "\n").encode())  # nothing relies on it
     text = table(found)
     write_whole(out / "results.md", f"{text}\n".encode())
-    _save_curves(out / CURVES, {mode: read_log(folder) for mode, folder in finished.items()}, found)
-    print(f"\n{text}\n")
+    print(f"\n{text}\n", flush=True)
     if any(one["bias"] for one in found.values()):
         print(f"note: {_BIAS}")
+    for mode, folder in finished.items():
+        if not (folder / CONFUSION).is_file():
+            _draw_confusion(folder, found[mode])
+    _save_curves(out / CURVES, {mode: read_log(folder) for mode, folder in finished.items()}, found)
     for folder in finished.values():
         print(f"  {folder}   python -m experiments.predict IMAGES --run {folder}")
     print("\n".join(f"  {out / name}" for name in ("results.md", CURVES, records.METRICS_FILE)))
@@ -136,12 +137,6 @@ def _prediction(logits: Float[np.ndarray, "images classes"]) -> Prediction:
     return Prediction(logits.argmax(axis=1), softmax(logits.astype(np.float64), axis=1))
 
 
-def _metrics(labels: np.ndarray, prediction: Prediction, names: tuple[str, ...], seed: int) -> dict[str, Any]:
-    metrics = compute_metrics(labels, prediction, names, seed=seed)
-    recalls = [recall for recall in metrics["per_class_accuracy"].values() if recall is not None]
-    return {**metrics, "balanced_accuracy": float(np.mean(recalls))}
-
-
 def _save_model(folder: Path, config: FinetuneConfig, task: Task, tuned: ImageClassifier, dtype: str) -> None:
     """Saves the backbone, if it changed, and the head as a classifier that `experiments.predict` reads."""
     weights = task.backbone.weights
@@ -153,12 +148,12 @@ def _save_model(folder: Path, config: FinetuneConfig, task: Task, tuned: ImageCl
             "seed": config.run.seed,
         }
         tuned.backbone.preprocessing = dataclasses.replace(tuned.backbone.preprocessing, image_size=task.image_size)
-        weights = str(dinojax.save(tuned.backbone, folder / MODEL, source=source))
+        weights = str(dinojax.save(tuned.backbone, folder / TUNED_MODEL, source=source))
     path = Path(weights).expanduser()
     head = {"kernel": np.asarray(tuned.head.kernel[...]), "bias": np.asarray(tuned.head.bias[...])}
     settings = {"kind": "linear", "classes": len(task.images.class_names), "blocks": 1, "mean_patch": False}
     description = {
-        "weights": str(path.resolve()) if path.exists() else config.model.weights,
+        "weights": str(path.resolve()) if path.exists() else weights,
         "weights_fingerprint": fingerprint(tuned.backbone),
         "normalisation": task.backbone.normalisation,
         "seed": config.run.seed,
@@ -170,6 +165,18 @@ def _save_model(folder: Path, config: FinetuneConfig, task: Task, tuned: ImageCl
         "protocol": config.training.protocol,
     }
     save_classifiers(folder, [Classifier(FINETUNED, head, settings)], description)
+
+
+def _draw_confusion(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Draws the confusion matrix of the test images, or of the validation images where there are no others."""
+    split = "test" if "test" in metrics else "validation"
+    numbers, data = metrics[split], metrics["data"]
+    names = list(numbers["per_class_accuracy"])
+    title = (
+        f"{data['name']}, {metrics['mode']}: {100 * numbers['accuracy']:.1f} % of {numbers['images']:,} {split} images "
+        f"correct, {100 * numbers['balanced_accuracy']:.1f} % balanced over the classes"
+    )
+    save_confusion(folder / CONFUSION, np.array(numbers["confusion"]), names, title=title)
 
 
 def _save_curves(path: Path, logs: Mapping[str, list], found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -187,11 +194,12 @@ def _save_curves(path: Path, logs: Mapping[str, list], found: Mapping[str, Mappi
             axes.plot(best, validation[best - 1], color=color, marker="o", ms=7, mec="white")
         style(axes, "epoch", label)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    bound_percent(axes, "y")
     axes.plot([], [], color=INK, lw=1.8, label="validation")
     axes.plot([], [], color=INK, lw=1.2, ls="--", label="training (during the epoch)")
     axes.plot([], [], color=INK, marker="o", ls="", label="epoch kept")
     figure.legend(loc="outside right center", frameon=False, fontsize=9, labelcolor=INK)
     data = next(iter(found.values()))["data"]
     title = f"{data['name']}: {data['train_images']:,} training and {data['validation_images']:,} validation images"
-    figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
+    set_title(figure, title)
     save_figure(figure, path)

@@ -10,10 +10,10 @@ import numpy as np
 from experiments.data.splits import Dataset, Split
 from experiments.features.parts import FeatureParts
 from experiments.probing.classifiers import TITLES, Prediction, save_classifiers
-from experiments.probing.fitting import ON_TEST
-from experiments.probing.metrics import compute_metrics, write_predictions
+from experiments.probing.fitting import selected_on
+from experiments.probing.metrics import are_unlike, compute_metrics, write_predictions
 from experiments.probing.pipeline import EvaluatedProbe, Row
-from experiments.probing.report import probe_title, save_fit_curves
+from experiments.probing.report import probe_title, save_fit_curves, unlike_note
 from experiments.probing.result import Evaluator, Reported, describe
 from experiments.runs import records
 from experiments.runs.measure import PEAK_MEMORY
@@ -56,7 +56,8 @@ def classifier_report(folder: Path, evaluator: Evaluator) -> Reported:
         draw(folder, dataset, probes, metrics["classifiers"], **options)
         draw_map(folder, dataset, found.test_features, method=config.run.map, **options)
 
-    return Reported(found.rows, table(metrics, few_shot), draw_all)
+    text = table(metrics, few_shot, dataset.test.name, balanced=are_unlike(dataset.test.labels))
+    return Reported(found.rows, "\n\n".join(filter(None, (text, unlike_note(dataset.test).strip()))), draw_all)
 
 
 def _metrics(evaluated: EvaluatedProbe, dataset: Dataset, seed: int) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def _description(evaluator: Evaluator) -> dict[str, Any]:
     (backbone,) = evaluator.backbones.values()
     path = Path(backbone.weights).expanduser()
     return {
-        "weights": str(path.resolve()) if path.exists() else config.model.weights,
+        "weights": str(path.resolve()) if path.exists() else backbone.weights,
         "weights_fingerprint": extractor.fingerprint,
         "normalisation": backbone.normalisation,
         "seed": config.run.seed,
@@ -100,25 +101,41 @@ def _description(evaluator: Evaluator) -> dict[str, Any]:
     }
 
 
-def table(metrics: Mapping[str, Any], few_shot: Sequence[Row]) -> str:
-    """All classifiers, one per line: per cent, seconds and MiB."""
+def table(
+    metrics: Mapping[str, Any], few_shot: Sequence[Row], evaluated: str = "test", *, balanced: bool = False
+) -> str:
+    """All classifiers, one per line: per cent, seconds and MiB.
+
+    Args:
+        metrics: the content of metrics.json.
+        few_shot: rows of few-shot classifiers.
+        evaluated: what the evaluated images are called: "test" or "validation".
+        balanced: whether to show balanced accuracy beside accuracy.
+    """
+    first = f"{evaluated} %"
+    width, extra = max(7, len(first) + 1), f"{'balanced %':>12}" if balanced else ""
     lines = [
-        f"{'':23}{'test %':>7}  {'95 % interval':14}{'train %':>8}{'gap':>7}{'weighted F1 %':>15}"
+        f"{'':23}{first:>{width}}  {'95 % interval':14}{extra}{'train %':>8}{'gap':>7}{'weighted F1 %':>15}"
         f"   {'fit s':>7}{'MiB':>7}   {'predict s':>9}{'MiB':>7}   selection"
     ]
     for name, one in metrics["classifiers"].items():
         test, train, (fitting, predicting) = one["test"], one["train"], metrics["cost"][name].values()
         low, high = (f"{100 * end:.2f}" for end in test["interval"]["accuracy"])
+        even = f"{100 * test['balanced_accuracy']:12.2f}" if balanced else ""
         lines.append(
-            f"{one['title']:23}{100 * test['accuracy']:7.2f}  {f'{low} – {high}':14}{100 * train['accuracy']:8.2f}"
-            f"{100 * one['train_test_gap']:7.2f}{100 * test['weighted_f1']:15.2f}   {fitting['seconds']:7.1f}"
-            f"{_mib(fitting)}   {predicting['seconds']:9.2f}{_mib(predicting)}   {_selection(one)}"
+            f"{one['title']:23}{100 * test['accuracy']:{width}.2f}  {f'{low} – {high}':14}{even}"
+            f"{100 * train['accuracy']:8.2f}{100 * one['train_test_gap']:7.2f}{100 * test['weighted_f1']:15.2f}   "
+            f"{fitting['seconds']:7.1f}{_mib(fitting)}   {predicting['seconds']:9.2f}{_mib(predicting)}   "
+            f"{_selection(one)}"
         )
     for row in few_shot:
         deviation = f"± {100 * row.deviation:.2f}" if row.deviation is not None else ""
+        even = f"{100 * row.balanced.accuracy:12.2f}" if balanced else ""
         note = f"mean and deviation of {len(row.accuracies)} random draws"
-        lines.append(f"{probe_title(row.probe):23}{100 * row.accuracy:7.2f}  {deviation:14}{'':59}   {note}")
-    return "\n".join([*lines, f"{'features':23}{metrics['features_seconds']:61.1f}"])
+        accuracy = f"{100 * row.accuracy:{width}.2f}"
+        lines.append(f"{probe_title(row.probe):23}{accuracy}  {deviation:14}{even}{'':66}   {note}")
+    filled = 56 + width + len(extra)
+    return "\n".join([*lines, f"{'features':23}{metrics['features_seconds']:{filled}.1f}"])
 
 
 def _mib(cost: Mapping[str, float | None]) -> str:
@@ -156,25 +173,29 @@ def draw(
     """Draws every figure of the classifiers; `subject` names the weights and the data in every title."""
     from experiments.figures.results import save_bars, save_confusion
 
-    note = f" ({ON_TEST})" if any(one["selection"] == ON_TEST for one in metrics.values()) else ""
-    save_bars(folder / "metrics.png", metrics, TITLES, title=f"{subject}{note}")
+    evaluated, balanced = dataset.test.name, are_unlike(dataset.test.labels)
+    optimistic = selected_on(evaluated)
+    note = f" ({optimistic})" if any(one["selection"] == optimistic for one in metrics.values()) else ""
+    options = {"evaluated": evaluated, "balanced": balanced, "title": f"{subject}{note}"}
+    save_bars(folder / "metrics.png", metrics, TITLES, **options)
     for name, one in metrics.items():
-        accuracy = 100 * one["test"]["accuracy"]
-        note = f", {ON_TEST}" if one["selection"] == ON_TEST else ""
-        title = f"{TITLES[name]}{note}: {accuracy:.1f} % of the test images correct\n{subject}"
+        note = f", {optimistic}" if one["selection"] == optimistic else ""
+        even = f", {100 * one['test']['balanced_accuracy']:.1f} % balanced over the classes" if balanced else ""
+        correct = f"{100 * one['test']['accuracy']:.1f} % of the {evaluated} images correct{even}"
+        title = f"{TITLES[name]}{note}: {correct}\n{subject}"
         confusion = np.array(one["test"]["confusion"])
         save_confusion(folder / f"confusion_{name}.png", confusion, dataset.class_names, title=title)
-        _draw_selection(folder, name, one, subject)
+        _draw_selection(folder, name, one, evaluated, subject)
         for split, prediction in ((dataset.train, probes[name].train[0]), (dataset.test, probes[name].test[0])):
             _draw_examples(folder, name, split, prediction, dataset.class_names, subject, seed)
 
 
-def _draw_selection(folder: Path, name: str, metrics: Mapping[str, Any], subject: str) -> None:
+def _draw_selection(folder: Path, name: str, metrics: Mapping[str, Any], evaluated: str, subject: str) -> None:
     """Draws curves by epoch, or the accuracy over a grid of settings."""
     from experiments.figures.results import save_grid
 
     details, title = metrics["fit"], f"{TITLES[name]}, {metrics['selection']}\n{subject}"
-    images = "test images" if metrics["selection"] == ON_TEST else "held-out training images"
+    images = f"{evaluated} images" if metrics["selection"] == selected_on(evaluated) else "held-out training images"
     if "curves" in details:
         save_fit_curves(folder / f"curves_{name}.png", details, selected_on=images, title=title)
     if "grid" in details:
@@ -248,5 +269,5 @@ def draw_map(folder: Path, dataset: Dataset, features: FeatureParts, *, method: 
             f"component {i + 1} ({100 * r:.0f} % of the variance)" for i, r in enumerate(pca.explained_variance_ratio_)
         )
     labels = dataset.test.labels[chosen]
-    title = f"Features of {len(chosen):,} test images by class\n{subject}"
+    title = f"Features of {len(chosen):,} {dataset.test.name} images by class\n{subject}"
     save_map(folder / "map.png", points, labels, dataset.class_names, axis_labels=axis_labels, title=title)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save
 from dinojax.documents import read_document, write_document, write_whole
 from dinojax.errors import UserError
 from experiments.features.parts import CLS, FeatureParts
+from experiments.runs.kinds import INDEX_FILE, described, finished_modes
 
 TITLES = {
     "knn": "k-NN, weighted cosine",
@@ -28,7 +29,6 @@ TITLES = {
     "svc": "SVC, RBF",
 }
 FINETUNED = "finetuned"  # what `finetune_folder` leaves: a head on the backbone it was trained with
-INDEX_FILE = "classifiers.json"
 _REMEDY = "repeat that run"
 _ROWS = 2048  # images compared with all support vectors at once
 _NEIGHBOURS_FILE = "training_features.safetensors"  # shared by both k-NN classifiers
@@ -98,15 +98,33 @@ def save_classifiers(folder: Path, classifiers: Sequence[Classifier], descriptio
     write_document(folder / INDEX_FILE, {**description, "classifiers": index}, files=contents)
 
 
+def run_with_classifiers(folder: Path) -> Path:
+    """The folder itself, or that of the only finished mode in the run folder of a fine-tuning.
+
+    Raises:
+        UserError: the folder holds no classifiers, or those of several modes.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--run {folder}: there is no such folder; name a run of `dinojax probe` or `dinojax finetune`")
+    if (folder / INDEX_FILE).exists():
+        return folder
+    modes = finished_modes(folder)
+    if len(modes) > 1:
+        raise UserError(
+            f"--run {folder} is a fine-tuning with several modes; name one of them: {', '.join(map(str, modes))}"
+        )
+    if not modes:
+        raise UserError(f"--run {described(folder, 'classifiers')}")
+    return modes[0]
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """What `save_classifiers` wrote beside the arrays.
 
     Raises:
-        UserError: the folder holds no classifiers, or the index is damaged.
+        UserError: the index is missing or damaged.
     """
     path = folder / INDEX_FILE
-    if not path.exists():
-        raise UserError(f"--run {folder} holds no {INDEX_FILE}; name a folder that cifar10_probe made")
     index = read_document(path, files=[], remedy=_REMEDY)
     if not isinstance(index.get("classifiers"), dict):
         raise UserError(f"{path} is damaged (it lists no classifiers); {_REMEDY}")

@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 from typing import Annotated, ClassVar, Literal
 
+import tyro
+
 from dinojax.errors import UserError
 from experiments.features.parts import CLS, MEAN_PATCH
 from experiments.runs.settings import (
@@ -17,9 +19,44 @@ from experiments.runs.settings import (
     GivenBackbone,
     RunSettings,
     check_bounds,
+    given_once,
+    replace,
 )
 
 HELDOUT, REPORTED = "heldout", "reported"
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledData(DataSettings):
+    """The labelled images, and how many of them to use."""
+
+    val_fraction: Annotated[float | None, INNER_FRACTION] = None
+    """Share of the images of each class that become the validation images, which are then evaluated, in a folder
+    without validation and test images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenData(LabelledData):
+    """The labelled images, and how many of them to use."""
+
+    default: ClassVar[str | None] = None  # where nothing is given
+
+    folder: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA"), UNIMPORTANT] = None
+    """Name or folder of the data set; --data DATA is the same."""
+    data: str | None = None
+    """Name or folder of the data set: digits (in scikit-learn, no download); a folder with train/<class>/… and
+    test/<class>/…, or with <class>/… alone and --val-fraction; tiny_imagenet; or a TensorFlow Datasets name such as
+    cifar10, cifar100 or stl10."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbedData(GivenData):
+    """The labelled images, and how many of them to use."""
+
+    default: ClassVar[str | None] = "cifar10"
+
+    folder: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA"), UNIMPORTANT] = None
+    """Name or folder of the data set; --data DATA is the same. None takes cifar10."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +171,7 @@ class EvaluationConfig:
     """An evaluation of frozen features."""
 
     model: Flags[GivenBackbone]
-    dataset: Flags[DataSettings]
+    dataset: Flags[GivenData] = GivenData()
     networks: Flags[EvaluatedNetworks] = EvaluatedNetworks()
     probes: Flags[ProbeSettings] = ProbeSettings()
     run: Flags[OutputSettings] = OutputSettings()
@@ -143,6 +180,17 @@ class EvaluationConfig:
         """Raises a `UserError` for settings that nothing can be evaluated with."""
         check_bounds(self)
         _ = self.probes.names
+
+    def resolved(self) -> "EvaluationConfig":
+        """The same settings with the name of the images in `data`, wherever it was given.
+
+        Raises:
+            UserError: it was given twice and differs, or not at all.
+        """
+        given = given_once(self.dataset.folder, self.dataset.data, "data") or self.dataset.default
+        if given is None:
+            raise UserError("no images were given; name a data set or a folder after the weights, or as --data DATA")
+        return replace(self, folder=None, data=given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +206,7 @@ class ClassifierConfig(EvaluationConfig):
     """Classifiers on the CLS tokens of one frozen backbone."""
 
     model: Flags[BackboneSettings] = BackboneSettings(image_size=224)
-    dataset: Flags[DataSettings] = DataSettings("cifar10")
+    dataset: Flags[ProbedData] = ProbedData()
     networks: ClassVar[EvaluatedNetworks] = EvaluatedNetworks(network="teacher")
     probes: Flags[ClassifierSettings] = ClassifierSettings()
     run: Flags[FigureSettings] = FigureSettings()

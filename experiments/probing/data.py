@@ -81,8 +81,16 @@ def load_data(config: EvaluationConfig) -> Dataset:
     Raises:
         UserError: they are not there, or cannot be read.
     """
-    data, seed = config.dataset, config.run.seed
-    return load_dataset(data.data, data_dir=data.data_dir, max_train=data.max_train, max_test=data.max_test, seed=seed)
+    data = config.dataset
+    return load_dataset(
+        data.data,
+        data_dir=data.data_dir,
+        val_fraction=data.val_fraction,
+        dividable=True,
+        max_train=data.max_train,
+        max_test=data.max_test,
+        seed=config.run.seed,
+    )
 
 
 def make_fold(labels: Int[np.ndarray, " images"], config: EvaluationConfig, rows: np.ndarray | None = None) -> Fold:

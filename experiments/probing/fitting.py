@@ -30,8 +30,12 @@ HEADLINE_K = 20
 OTHER_KS = (10, 100, 200)
 EUCLIDEAN_K = 5
 ON_HELDOUT = "selected on held-out training images"
-ON_TEST = "selected on the test set"
 NOTHING = "nothing to select"
+
+
+def selected_on(evaluated: str) -> str:
+    """What tables call a selection on the evaluated images, which are called "test" or "validation"."""
+    return f"selected on the {evaluated} set"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,7 @@ class TrainingData:
         heldout_features: of the held-out images, where they are prepared in another way than `features`.
         test: features and labels to select on instead of the held-out images, while all training images are learnt
             from. Only for the protocol "reported", whose numbers are optimistic.
+        evaluated: what those images are called.
     """
 
     features: FeatureParts
@@ -60,6 +65,7 @@ class TrainingData:
     views: Sequence[FeatureParts] = ()
     heldout_features: FeatureParts | None = None
     test: tuple[FeatureParts, np.ndarray] | None = None
+    evaluated: str = "test"
 
     def to_learn(self, *, views: bool = False, everything: bool = False) -> tuple[FeatureParts, np.ndarray]:
         """Features and labels to learn from: of the kept images, or of all; followed by views of the same images."""
@@ -77,7 +83,7 @@ class TrainingData:
     @property
     def selection(self) -> str:
         """What tables call the selection on those images."""
-        return ON_HELDOUT if self.test is None else ON_TEST
+        return ON_HELDOUT if self.test is None else selected_on(self.evaluated)
 
     def classifier(self, name: str, arrays: Mapping[str, np.ndarray], **settings: Any) -> Classifier:
         """A classifier fitted to these data."""
@@ -95,6 +101,7 @@ class Fit(NamedTuple):
 def check_labels(names: Sequence[str], dataset: Dataset, shots: int) -> None:
     """Raises a `UserError` for labels that the classifiers `names` cannot be fitted to or evaluated on."""
     counts, tests = (np.bincount(s.labels, minlength=len(dataset.class_names)) for s in (dataset.train, dataset.test))
+    evaluated = dataset.test.name
     present = [name for name, count in zip(dataset.class_names, counts) if count]
     if len(counts) > len(dataset.class_names) or len(tests) > len(dataset.class_names):
         raise UserError(f"--data {dataset.name}: labels go beyond its {len(dataset.class_names)} classes")
@@ -102,7 +109,7 @@ def check_labels(names: Sequence[str], dataset: Dataset, shots: int) -> None:
         raise UserError(f"--data {dataset.name}: all training images are of one class, {present[0]!r}; add others")
     if (unseen := np.flatnonzero((tests > 0) & (counts == 0))).size:
         name = dataset.class_names[unseen[0]]
-        raise UserError(f"--data {dataset.name}: class {name!r} has test images and no training image; add some")
+        raise UserError(f"--data {dataset.name}: class {name!r} has {evaluated} images and no training image; add some")
     for name, k in (("knn", HEADLINE_K), ("knn5", EUCLIDEAN_K)):
         if name in names and sum(counts) < k:
             raise UserError(

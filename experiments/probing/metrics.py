@@ -15,6 +15,28 @@ RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
 TOP = 5
 _RESAMPLES_AT_ONCE = 50
+UNLIKE = 1.5  # images of the largest class over those of the smallest
+
+
+def are_unlike(labels: Int[np.ndarray, " images"]) -> bool:
+    """Whether the largest class among `labels` has more than 1.5 times the images of the smallest.
+
+    Balanced accuracy then stands beside accuracy.
+    """
+    counts = class_sizes(labels)
+    return bool(counts.max() > UNLIKE * counts.min())
+
+
+def class_sizes(labels: Int[np.ndarray, " images"]) -> Int[np.ndarray, " classes"]:
+    """Number of images of each class that has any."""
+    counts = np.bincount(labels)
+    return counts[counts > 0]
+
+
+def balanced_accuracy(labels: Int[np.ndarray, " images"], predicted: Int[np.ndarray, " images"]) -> float:
+    """The mean over the classes that occur among `labels` of the share of their images that is recognised."""
+    hits, sizes = np.bincount(labels, weights=predicted == labels), np.bincount(labels)
+    return float(np.mean(hits[sizes > 0] / sizes[sizes > 0]))
 
 
 def compute_metrics(
@@ -22,10 +44,11 @@ def compute_metrics(
 ) -> dict[str, Any]:
     """Metrics of one set of predictions, as JSON.
 
-    "accuracy", "<average>_<precision | recall | f1>" for the averages weighted and macro (over the classes that occur
-    among labels or predictions; what is undefined counts as 0, as in scikit-learn), "top5_accuracy" where there are
-    more than five classes; "interval" holds the 95 % bootstrap interval of each over the images; "confusion" counts
-    images by true class (row) and predicted class; "per_class_accuracy" is None for a class without images.
+    "accuracy"; "balanced_accuracy", the mean recall of the classes that occur among the labels; "<average>_<precision |
+    recall | f1>" for the averages weighted and macro (over the classes that occur among labels or predictions; what is
+    undefined counts as 0, as in scikit-learn); "top5_accuracy" where there are more than five classes; "interval" holds
+    the 95 % bootstrap interval of each over the images; "confusion" counts images by true class (row) and predicted
+    class; "per_class_accuracy" is None for a class without images.
 
     Args:
         labels: true classes.
@@ -38,6 +61,7 @@ def compute_metrics(
     metrics: dict[str, Any] = {
         "images": len(labels),
         "accuracy": float(accuracy_score(labels, prediction.classes)),
+        "balanced_accuracy": balanced_accuracy(labels, prediction.classes),
     }
     for average in ("weighted", "macro"):
         values = precision_recall_fscore_support(labels, prediction.classes, average=average, zero_division=0)
@@ -61,7 +85,7 @@ def compute_metrics(
 def resample_metrics(
     confusion: Int[np.ndarray, "classes classes"], rng: np.random.Generator
 ) -> dict[str, Float[np.ndarray, " resamples"]]:
-    """Accuracy and averaged precision, recall and F1 of images resampled with replacement.
+    """Accuracy, balanced accuracy and averaged precision, recall and F1 of images resampled with replacement.
 
     All of them depend on the counts of the confusion matrix alone, and those of resampled images are multinomial: the
     counts are drawn at once instead of images one by one.
@@ -96,7 +120,11 @@ def _averages(
         np.divide(a, b, out=np.zeros_like(hits), where=b > 0)
         for a, b in ((hits, predicted), (hits, support), (2 * hits, support + predicted))
     )
-    averages = {"accuracy": hits.sum(axis=1) / support.sum(axis=1)}
+    occurring = (support > 0).sum(axis=1)
+    averages = {
+        "accuracy": hits.sum(axis=1) / support.sum(axis=1),
+        "balanced_accuracy": recall.sum(axis=1) / occurring,
+    }
     for average, weights in (("weighted", support), ("macro", (support + predicted > 0).astype(float))):
         weights = weights / weights.sum(axis=1, keepdims=True)
         for name, values in (("precision", precision), ("recall", recall), ("f1", f1)):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dinojax.probes import few_shot
+from dinojax.probes import few_shot_predictions
 from experiments.data.splits import Dataset
 from experiments.features.extractor import FeatureExtractor
 from experiments.features.parts import CLS, PIXELS, FeatureParts
@@ -22,6 +22,7 @@ from experiments.probing.classifiers import Prediction
 from experiments.probing.config import REPORTED, EvaluationConfig
 from experiments.probing.data import Fold, SealedTest, TrainingFeatures, UnseenFeatures, extract, make_fold
 from experiments.probing.fitting import Fit, TrainingData, fit
+from experiments.probing.metrics import balanced_accuracy
 from experiments.runs.measure import Cost, measured
 
 CHOSEN = "chosen"
@@ -39,6 +40,7 @@ class Row:
         features: "cls", "mean_patch", "pixels", or "chosen" where the probe chooses among the first two.
         probe: such as "knn_20"; see `report.probe_title`.
         accuracies: fractions of the test images; one for each fold or draw.
+        balanced_accuracies: means over the classes, in the same order.
         interval: 95 % over the test images (Wilson), of a single accuracy.
         train_accuracy: of the images that the classifier was fitted to; the mean over the folds.
         details: of the first fold: what was selected, on which images, and curves.
@@ -48,6 +50,7 @@ class Row:
     features: str
     probe: str
     accuracies: tuple[float, ...]
+    balanced_accuracies: tuple[float, ...] = ()
     interval: tuple[float, float] | None = None
     train_accuracy: float | None = None
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -58,13 +61,19 @@ class Row:
         return float(np.mean(self.accuracies))
 
     @property
+    def balanced(self) -> "Row":
+        """The same row with the balanced accuracy for the accuracy; without the interval and the training images."""
+        return dataclasses.replace(self, accuracies=self.balanced_accuracies, interval=None, train_accuracy=None)
+
+    @property
     def deviation(self) -> float | None:
         """The standard deviation over folds or draws, where there are several."""
         return float(np.std(self.accuracies, ddof=1)) if len(self.accuracies) > 1 else None
 
     def as_json(self) -> dict[str, Any]:
         """For `result.json`."""
-        return {**dataclasses.asdict(self), "accuracy": self.accuracy, "deviation": self.deviation}
+        numbers = {"accuracy": self.accuracy, "deviation": self.deviation, "balanced_accuracy": self.balanced.accuracy}
+        return {**dataclasses.asdict(self), **numbers}
 
 
 class EvaluatedProbe(NamedTuple):
@@ -167,6 +176,7 @@ class Pipeline:
             part=part,
             views=[_of(view, rows) for view in training.views],
             test=(test.plain, test.labels) if test else None,
+            evaluated=self.dataset.test.name,
         )
         for name in self._settings.names:
             if name == CROPS:
@@ -204,8 +214,10 @@ class Pipeline:
         for name, predicted in classes.items():
             hits = [int(np.sum(one == labels)) for one in predicted]
             accuracies = tuple(hit / len(labels) for hit in hits)
+            balanced = tuple(balanced_accuracy(labels, one) for one in predicted)
             interval = _wilson(hits[0], len(labels)) if len(hits) == 1 else None
-            yield Row(network, CHOSEN if probe == SWEEP else part, name, accuracies, interval, trained, details)
+            shown = CHOSEN if probe == SWEEP else part
+            yield Row(network, shown, name, accuracies, balanced, interval, trained, details)
 
     def _train_accuracy(self, evaluated: EvaluatedProbe) -> float | None:
         """Of the images that a classifier was fitted to; among neighbours, every image would find itself."""
@@ -221,17 +233,19 @@ class Pipeline:
     def _few_shot(self, network: str, part: str, training: TrainingFeatures, unseen: UnseenFeatures) -> Iterator[Row]:
         """Accuracies over several draws; none of the methods has anything to select."""
         settings = self._settings
-        found = few_shot(
+        found = few_shot_predictions(
             training.plain.vectors(part),
             self.dataset.train.labels,
             unseen.plain.vectors(part),
-            unseen.labels,
             num_classes=self._classes,
             shots=settings.shots,
             seeds=range(self._seed, self._seed + settings.draws),
         )
-        for method, accuracies in found.items():
-            yield Row(network, part, f"{settings.shots}_shot_{method}", tuple(map(float, accuracies)))
+        labels = unseen.labels
+        for method, draws in found.items():
+            accuracies = tuple(float(np.mean(classes == labels)) for classes in draws)
+            balanced = tuple(balanced_accuracy(labels, classes) for classes in draws)
+            yield Row(network, part, f"{settings.shots}_shot_{method}", accuracies, balanced)
 
 
 def _of(features: FeatureParts, rows: np.ndarray) -> FeatureParts:

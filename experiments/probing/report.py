@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from experiments.data.splits import Split
 from experiments.features.parts import CLS, MEAN_PATCH, PIXELS
 from experiments.probing.classifiers import TITLES
+from experiments.probing.metrics import UNLIKE, are_unlike, class_sizes
 from experiments.probing.networks import UNTRAINED
 from experiments.probing.pipeline import CHOSEN, Row
 
@@ -37,8 +39,19 @@ def probe_title(probe: str) -> str:
     return _PROBES[probe]
 
 
-def table(rows: Sequence[Row], test_images: int, folds: int) -> str:
-    """Per cent: one line for each probe, one column for each network and part of the features."""
+def table(rows: Sequence[Row], evaluated: Split, folds: int) -> str:
+    """Per cent: one line for each probe, one column for each network and part of the features.
+
+    The same lines follow for balanced accuracy where classes are unlike.
+    """
+    lines = _lines(rows)
+    if are_unlike(evaluated.labels):
+        lines += ["", "balanced accuracy (the mean over the classes)", *_lines([row.balanced for row in rows])[2:]]
+    lines += ["", *(_choice(row) for row in rows if row.probe == "sweep"), _explanation(rows, evaluated, folds)]
+    return "\n".join(lines)
+
+
+def _lines(rows: Sequence[Row]) -> list[str]:
     cells = {(row.network, CLS if row.features == CHOSEN else row.features, row.probe): row for row in rows}
     columns = list(dict.fromkeys(place[:2] for place in cells))
     lines = [
@@ -49,8 +62,7 @@ def table(rows: Sequence[Row], test_images: int, folds: int) -> str:
         found = [cells.get((*column, probe)) for column in columns]
         shown = "".join(f"{cell(row) if row else '':>{_WIDTH}}" for row in found)
         lines.append(f"{probe_title(probe):31}{shown}".rstrip())
-    lines += ["", *(_choice(row) for row in rows if row.probe == "sweep"), _explanation(rows, test_images, folds)]
-    return "\n".join(lines)
+    return lines
 
 
 def cell(row: Row) -> str:
@@ -67,28 +79,55 @@ def _choice(row: Row) -> str:
     return f"52 heads, {row.network}{several}: {features}, {rate}, {row.details['selection']}"
 
 
-def _explanation(rows: Sequence[Row], test_images: int, folds: int) -> str:
+def _explanation(rows: Sequence[Row], evaluated: Split, folds: int) -> str:
     halves = [100 * (row.interval[1] - row.interval[0]) / 2 for row in rows if row.interval]
-    words = [f"Per cent of the {test_images:,} test images that are classified correctly"]
+    words = [f"Per cent of the {len(evaluated):,} {evaluated.name} images that are classified correctly"]
     if halves:
         words.append(f"95 % intervals over them are ± {max(halves):.1f} or less")
     deviations = ["folds"] * (folds > 1) + ["draws of few-shot"] * any("_shot_" in r.probe for r in rows)
     if deviations:
         words.append(f"± in the table is the deviation over {' and '.join(deviations)}")
-    return "; ".join(words) + "."
+    return "; ".join(words) + "." + unlike_note(evaluated)
 
 
-def save_accuracies(path: Path, rows: Sequence[Row], *, title: str) -> None:
-    """Each accuracy as a point with its interval or deviation: one colour per network, hollow for mean patches."""
+def unlike_note(evaluated: Split) -> str:
+    """Why balanced accuracy stands beside accuracy; "" where it does not."""
+    if not are_unlike(evaluated.labels):
+        return ""
+    sizes = class_sizes(evaluated.labels)
+    return (
+        f" Balanced accuracy is the mean over the classes; it is shown because the largest class has {sizes.max():,} "
+        f"{evaluated.name} images and the smallest {sizes.min():,}, more than {UNLIKE:g} times as many."
+    )
+
+
+def save_accuracies(path: Path, rows: Sequence[Row], evaluated: Split, *, title: str) -> None:
+    """Each accuracy as a point with its interval or deviation: one colour per network, hollow for mean patches.
+
+    A second panel shows balanced accuracies where classes are unlike.
+    """
     from matplotlib.figure import Figure
 
-    from experiments.figures.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, save_figure, style
+    from experiments.figures.style import INK, save_figure, set_title
 
     probes = in_order(row.probe for row in rows)
+    panels = {f"accuracy on the {evaluated.name} images (%)": rows}
+    if are_unlike(evaluated.labels):
+        panels["balanced accuracy (%)"] = [row.balanced for row in rows]
+    figure = Figure(figsize=(5 + 4 * len(panels), 1.6 + 0.42 * len(probes)), layout="constrained", facecolor="white")
+    for axes, (label, shown) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
+        _draw_accuracies(axes, shown, probes, label)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9,
+                  labelcolor=INK)  # fmt: skip
+    set_title(figure, title)
+    save_figure(figure, path)
+
+
+def _draw_accuracies(axes: Any, rows: Sequence[Row], probes: Sequence[str], label: str) -> None:
+    from experiments.figures.style import BLUE, GREEN, MUTED, ORANGE, RED, bound_percent, style
+
     series = list(dict.fromkeys((row.network, CLS if row.features == CHOSEN else row.features) for row in rows))
     colors = {"teacher": BLUE, "student": ORANGE, UNTRAINED: MUTED, PIXELS: RED}
-    figure = Figure(figsize=(9, 1.6 + 0.42 * len(probes)), layout="constrained", facecolor="white")
-    axes = figure.subplots()
     for number, (network, features) in enumerate(series):
         hollow = features == MEAN_PATCH
         mine = [row for row in rows if row.network == network and (row.features == MEAN_PATCH) == hollow]
@@ -96,21 +135,21 @@ def save_accuracies(path: Path, rows: Sequence[Row], *, title: str) -> None:
         color = colors.get(network, GREEN)
         axes.errorbar(
             [100 * row.accuracy for row in mine], heights, xerr=np.array([_errors(row) for row in mine]).T,
-            fmt="o", ms=5, lw=1, color=color, mfc="white" if hollow else color,
+            fmt="o", ms=5, lw=1, clip_on=False, color=color, mfc="white" if hollow else color,
             label=f"{network}, {FEATURE_TITLES[features]}",
         )  # fmt: skip
-    style(axes, "accuracy on the test images (%)", "")
+    style(axes, label, "")
+    bound_percent(axes, "x")
     axes.set_yticks(range(len(probes)), [probe_title(probe) for probe in probes])
     axes.set_ylim(len(probes) - 0.5, -0.5)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
-    figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left")
-    save_figure(figure, path)
 
 
 def _errors(row: Row) -> tuple[float, float]:
+    """Lengths of the error bar to the left and to the right, which end at 0 and 100 %."""
     if row.interval:
         return 100 * (row.accuracy - row.interval[0]), 100 * (row.interval[1] - row.accuracy)
-    return (100 * (row.deviation or 0.0),) * 2
+    deviation = row.deviation or 0.0
+    return 100 * min(deviation, row.accuracy), 100 * min(deviation, 1 - row.accuracy)
 
 
 def save_probe_curves(folder: Path, rows: Sequence[Row], subject: str) -> None:

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments.data.splits import Dataset
-from experiments.features.backbones import is_random
-from experiments.features.extractor import FeatureExtractor
+from experiments.features.backbones import is_random, short_name
+from experiments.features.extractor import FeatureExtractor, seen_size
 from experiments.features.parts import PIXELS
 from experiments.features.raw_pixels import RawPixels
 from experiments.probing.config import REPORTED, EvaluationConfig
 from experiments.probing.data import Fold
-from experiments.probing.fitting import check_labels
+from experiments.probing.fitting import check_labels, selected_on
+from experiments.probing.metrics import are_unlike
 from experiments.probing.networks import UNTRAINED, known_training, load_networks, make_extractor
 from experiments.probing.pipeline import SWEEP, Evaluation, Pipeline, Row
 from experiments.probing.report import listing, save_accuracies, save_probe_curves, table
@@ -69,21 +70,25 @@ class Evaluator:
     def introduce(self) -> None:
         """Prints what will be done, before anything slow; flushed, because logs may be files."""
         data, first, names = self.dataset, self.extractor, self.config.probes.names
+        evaluated = f"{len(data.test):,} {data.test.name} images"
         for note in data.notes:
             print(f"note: {note}")
         several = f" in {self.folds} official folds" if self.folds > 1 else ""
         resize = self.config.networks.resize or first.image_size
         print(
-            f"{data.name}: {len(data.train):,} training images{several} and {len(data.test):,} test images, "
+            f"{data.name}: {len(data.train):,} training images{several} and {evaluated}, "
             f"{len(data.class_names)} classes\n"
             f"{self._weights}: {', '.join(self.backbones)}; {first.parameters / 1e6:.1f} M parameters, images resized "
             f"to {resize} px and cropped to {first.image_size} px, {first.dtype.name} on "
             f"{jax.devices()[0].device_kind}"
         )
+        if cut := seen_size(next(iter(self.backbones.values())).model, first.image_size):
+            print(f"note: {cut}")
         if self.untrained:
             print("UNTRAINED BASELINE: these weights are random; the numbers below show what the architecture gives")
         if self.config.probes.protocol == REPORTED:
-            print("PROTOCOL reported: epochs and heads are selected on the test set, so the numbers are optimistic")
+            chosen = selected_on(data.test.name)
+            print(f"PROTOCOL reported: epochs and heads are {chosen}, so the numbers are optimistic")
         depth = next(iter(self.backbones.values())).model.config.depth
         needed = self.config.probes.fewest_sweep_blocks
         if SWEEP in names and depth < needed:
@@ -130,8 +135,7 @@ class Evaluator:
 
     @property
     def _weights(self) -> str:
-        shown = "/".join(Path(self.config.model.weights).parts[-2:])
-        return shown + (" (UNTRAINED BASELINE)" if self.untrained else "")
+        return short_name(self.config.model.weights) + (" (UNTRAINED BASELINE)" if self.untrained else "")
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -140,6 +144,8 @@ def describe(dataset: Dataset) -> dict[str, Any]:
     return {
         "name": dataset.name,
         "classes": len(dataset.class_names),
+        "evaluated_on": dataset.test.name,
+        "unlike_classes": are_unlike(dataset.test.labels),
         **{f"{split.name}_images": len(split) for split in splits},
         **{f"{split.name}_fingerprint": split.fingerprint for split in splits},
     }
@@ -166,10 +172,10 @@ def overview(folder: Path, evaluator: Evaluator) -> Reported:
     evaluator.write(folder, rows, seconds)
 
     def draw(folder: Path) -> None:
-        save_accuracies(folder / "accuracies.png", rows, title=evaluator.subject)
+        save_accuracies(folder / "accuracies.png", rows, evaluator.dataset.test, title=evaluator.subject)
         save_probe_curves(folder, rows, evaluator.subject)
 
-    return Reported(rows, table(rows, len(evaluator.dataset.test), evaluator.folds), draw)
+    return Reported(rows, table(rows, evaluator.dataset.test, evaluator.folds), draw)
 
 
 def run_evaluation(
@@ -201,9 +207,10 @@ def run_evaluation(
         evaluator.introduce()
         found = report(folder, evaluator)
         files = {file.name for file in folder.iterdir()}
+    print(f"\n{evaluator.subject}\n{found.table}\n", flush=True)
     if config.run.figures:
         with records.run_folder(out) as folder:
             found.draw(folder)
             files |= {file.name for file in folder.iterdir()}
-    print(f"\n{evaluator.subject}\n{found.table}\n\n{listing(out, sorted(files))}")
+    print(listing(out, sorted(files)))
     return EvaluationResult(found.rows, out)

@@ -177,6 +177,20 @@ def unimportant(kind: type) -> set[str]:
     return found
 
 
+def given_once(positional: T | None, flag: T | None, name: str) -> T | None:
+    """What was given as the positional argument or as the flag `name`; None if neither was.
+
+    Raises:
+        UserError: both were given, and differ.
+    """
+    if positional is None or flag is None:
+        return flag if positional is None else positional
+    one, other = (Path(str(value)).expanduser().absolute() for value in (positional, flag))
+    if one != other:
+        raise UserError(f"{positional} and --{name} {flag} name different images; give one of them")
+    return positional
+
+
 def check_bounds(config: Any) -> None:
     """Raises a `UserError` for the first setting outside its bound; None is within every bound."""
     for name, value, marks in _leaves(config):

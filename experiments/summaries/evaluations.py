@@ -24,10 +24,15 @@ _CLAIM = ("cifar100", "tinyimagenet")
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that differ only in the seed; `values` has one number for each of the differently trained weights."""
+    """Runs that differ only in the seed.
+
+    `values` has one accuracy for each of the differently trained weights, and `balanced` one balanced accuracy where
+    classes are unlike.
+    """
 
     runs: Sequence[EvaluatedRun]
     values: Mapping[Key, np.ndarray]
+    balanced: Mapping[Key, np.ndarray]
 
     @property
     def first(self) -> EvaluatedRun:
@@ -40,13 +45,13 @@ def group(runs: Sequence[EvaluatedRun]) -> list[Group]:
     by_settings: dict[str, list[EvaluatedRun]] = {}
     for run in runs:
         by_settings.setdefault(run.same, []).append(run)
-    return [Group(found, _values(found)) for found in by_settings.values()]
+    return [Group(found, _values(found, "accuracies"), _values(found, "balanced")) for found in by_settings.values()]
 
 
-def _values(runs: Sequence[EvaluatedRun]) -> dict[Key, np.ndarray]:
+def _values(runs: Sequence[EvaluatedRun], numbers: str) -> dict[Key, np.ndarray]:
     by_weights: dict[Key, dict[str, list[float]]] = {}
     for run in runs:
-        for key, accuracy in run.accuracies.items():
+        for key, accuracy in getattr(run, numbers).items():
             by_weights.setdefault(key, {}).setdefault(run.weights, []).append(accuracy)
     return {key: np.array([np.mean(found) for found in seen.values()]) for key, seen in by_weights.items()}
 
@@ -106,7 +111,10 @@ def _compute(one: Group) -> str:
 
 
 def all_numbers(groups: Sequence[Group]) -> str:
-    """Every probe of every network and kind of features, a table for each group."""
+    """Every probe of every network and kind of features, a table for each group.
+
+    A line of balanced accuracies follows each probe where classes are unlike.
+    """
     parts = []
     for one in groups:
         columns = list(dict.fromkeys((n, "cls" if f == "chosen" else f) for n, f, _ in one.values))
@@ -114,8 +122,10 @@ def all_numbers(groups: Sequence[Group]) -> str:
         lines = []
         for probe in in_order(probe for *_, probe in one.values):
             features = {"cls": "chosen"} if probe == "sweep" else {}
-            found = [one.values.get((network, features.get(kind, kind), probe)) for network, kind in columns]
-            lines.append([probe_title(probe), *map(cell, found)])
+            keys = [(network, features.get(kind, kind), probe) for network, kind in columns]
+            lines.append([probe_title(probe), *(cell(one.values.get(key)) for key in keys)])
+            if one.balanced:
+                lines.append([f"{probe_title(probe)}, balanced", *(cell(one.balanced.get(key)) for key in keys)])
         seeds = len({run.weights for run in one.runs})
         trained = f" trained on {one.first.trained_on}" if one.first.trained_on else ""
         parts.append(f"### {_name(one)}{trained}: {one.first.evaluated_on} (n = {seeds})\n\n{markdown(header, lines)}")

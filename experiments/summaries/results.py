@@ -10,14 +10,15 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dinojax.documents import sha256_of_file
 from dinojax.errors import UserError
-from dinojax.models.files import CONFIG_FILE, abstract_model
+from dinojax.models.files import CONFIG_FILE, WEIGHTS_FILE, abstract_model
 from dinojax.models.vit import ViTConfig
 from experiments.pretraining.config import PretrainConfig
-from experiments.probing.classifiers import INDEX_FILE
 from experiments.probing.config import REPORTED, ClassifierConfig
-from experiments.probing.fitting import ON_TEST
-from experiments.runs.records import METRICS_FILE, RESULT_FILE, TRACES_OF_TRAINING, read_json, with_new_names
+from experiments.probing.fitting import selected_on
+from experiments.runs.kinds import INDEX_FILE, Kind, described, kind_of
+from experiments.runs.records import METRICS_FILE, RESULT_FILE, read_json, with_new_names
 from experiments.runs.settings import unimportant
 
 # Settings that change a number no more than a seed does; data sets are identified by their names and sizes.
@@ -44,6 +45,7 @@ class EvaluatedRun:
         device: "GPU", "TPU" or "CPU".
         accuracies: fractions by network, features and probe.
         intervals: 95 % intervals over the test images, where there are any.
+        balanced: balanced accuracies, where classes are unlike.
     """
 
     folder: Path
@@ -56,6 +58,7 @@ class EvaluatedRun:
     device: str
     accuracies: Mapping[Key, float]
     intervals: Mapping[Key, tuple[float, float]]
+    balanced: Mapping[Key, float] = dataclasses.field(default_factory=dict)
 
 
 def read_runs(paths: Iterable[Path], *, others: Collection[Path] = ()) -> list[EvaluatedRun]:
@@ -80,10 +83,10 @@ def read_runs(paths: Iterable[Path], *, others: Collection[Path] = ()) -> list[E
 
 def _why_none(path: Path) -> str:
     """Why there is no run in a folder, and what to do."""
-    if any((path / trace).exists() for trace in TRACES_OF_TRAINING):
-        return "is a training that has not ended; name output folders of evaluations or finished trainings"
     if (path / METRICS_FILE).is_file() and (path / INDEX_FILE).is_file():
         return f"is of an earlier version of cifar10_probe, which wrote no {RESULT_FILE}; repeat that run"
+    if kind_of(path) is not Kind.OTHER:
+        return described(path, "results").removeprefix(f"{path} ")
     return f"holds no {RESULT_FILE} of a run; name output folders of evaluations or finished trainings"
 
 
@@ -91,15 +94,18 @@ def _read(file: Path) -> EvaluatedRun | None:
     result = read_json(file)
     if "rows" in result:
         return _evaluation(file.parent, result)
-    return _training(file.parent, result) if "test_knn_accuracy" in result else None  # another command's
+    # Another command's, or a training without labels.
+    return _training(file.parent, result) if result.get("test_knn_accuracy") else None
 
 
 def _evaluation(folder: Path, result: Mapping[str, Any]) -> EvaluatedRun:
     training, first = result["pretraining"], next(iter(result["networks"].values()))
     config = with_new_names(result["config"])
-    settings = {name: value for name, value in config.items() if name not in _FREE_OF_EVALUATION}
+    # Settings that earlier versions did not have are None where they are not used.
+    settings = {name: value for name, value in config.items() if name not in _FREE_OF_EVALUATION and value is not None}
     settings |= {name: result[name] for name in ("image_size", "resize", "feature_dtype")}
     data = {name: value for name, value in result["data"].items() if not name.endswith("fingerprint")}
+    evaluated, unlike = data.pop("evaluated_on", "test"), data.pop("unlike_classes", False)
     known = _trained_as(training["config"]) if training.get("config") else {"weights": result["weights"]}
     about = {"model": _shape(first["architecture"]), "parameters": result["parameters"],
              "images": training.get("images"), "epochs": training.get("epochs"),
@@ -112,14 +118,16 @@ def _evaluation(folder: Path, result: Mapping[str, Any]) -> EvaluatedRun:
         "+".join(network["fingerprint"] for name, network in result["networks"].items() if name != "untrained"),
         training.get("data", ""),
         f"{data['name']}, {result['image_size']} px"
+        + (f", {evaluated} images" if evaluated != "test" else "")
         + (f", {data['folds']} folds" if data["folds"] > 1 else "")
         + (", by cifar10_probe" if result["command"] == "cifar10_probe" else "")
-        + (f", {ON_TEST}" if config.get("protocol") == REPORTED else ""),
+        + (f", {selected_on(evaluated)}" if config.get("protocol") == REPORTED else ""),
         about,
         training.get("train_seconds"),
         _device(training.get("backend")),
         {key: row["accuracy"] for key, row in rows.items()},
         {key: tuple(row["interval"]) for key, row in rows.items() if row["interval"]},
+        {key: row["balanced_accuracy"] for key, row in rows.items()} if unlike else {},
     )
 
 
@@ -135,9 +143,9 @@ def _training(folder: Path, result: Mapping[str, Any]) -> EvaluatedRun:
     return EvaluatedRun(
         folder,
         json.dumps(same, sort_keys=True),
-        document["sha256"],
+        document.get("sha256") or sha256_of_file(folder / "teacher" / WEIGHTS_FILE),
         source["data"],
-        f"{source['data']}, {source['image_size']} px, at the end of training",
+        f"{source['data']}, {document.get('preprocessing', source)['image_size']} px, at the end of training",
         about,
         result["train_seconds"],
         _device(result["environment"]["backend"]),

@@ -137,6 +137,36 @@ def test_pca_of_many_patches_passes_in_chunks(monkeypatch):
         np.testing.assert_allclose(one.rgb, other.rgb, atol=1e-12)
 
 
+def test_an_image_without_foreground_keeps_its_patches():
+    """One image with an object beside one of mere background, of which an outlier alone is above the threshold."""
+    rng = np.random.default_rng(0)
+    images = [*blobs((9, 7)), rng.standard_normal((6, 10, 8)).astype(np.float32)]
+    images[1][3, 4, 3] = 20
+    plain = maps.pca_maps(images, least_foreground=0)
+    assert [int(one.foreground.sum()) for one in plain] == [5 * 3, 1]
+    found = maps.pca_maps(images)
+    np.testing.assert_array_equal(found[0].foreground, plain[0].foreground)
+    assert found[1].foreground.all() and (found[1].rgb.max(axis=-1) > 0).all()
+    images[1][3, 3:6, 3] = 20  # 3 of 60 patches are not fewer than 5 %
+    assert maps.pca_maps(images)[1].foreground.sum() == 3
+
+
+def test_the_range_of_a_map_is_that_of_its_percentiles():
+    values = np.random.default_rng(0).permutation(np.arange(101.0)).reshape(1, 101)
+    assert maps.value_range(values) == (1, 99)
+    assert maps.value_range(values, (0, 50)) == (0, 50)
+
+
+def test_every_map_has_a_range():
+    constant = np.full((3, 3), 0.25, np.float32)
+    low, high = maps.value_range(constant)
+    assert low < 0.25 < high
+    assert maps.value_range(np.zeros((2, 2)))[0] < 0 < maps.value_range(np.zeros((2, 2)))[1]
+    spike = np.zeros((20, 20))
+    spike[3, 4] = 1  # the percentiles are equal
+    assert maps.value_range(spike) == (0, 1)
+
+
 def test_pca_without_spread_is_grey():
     (found,) = maps.pca_maps([np.ones((1, 1, 8), np.float32)], threshold=0.3)
     assert found.foreground.all() and (found.rgb == 0.5).all()

@@ -133,7 +133,11 @@ def test_another_backbone_is_refused(place, tmp_path):
     [
         (["missing.jpg"], "missing.jpg: there is no such image or folder"),
         (["empty"], "empty holds no images"),
-        (["empty", "--run", "elsewhere"], "--run elsewhere holds no classifiers.json"),
+        (["empty", "--run", "elsewhere"], "--run elsewhere: there is no such folder; name a run of `dinojax probe`"),
+        (
+            ["empty", "--run", "empty"],
+            "--run empty is no run and holds no classifiers; name the run folder of a command",
+        ),
         (["empty", "--classifiers", "forest"], "--classifiers forest is not among those of"),
         (["empty", "--batch-size", "0"], "--batch-size 0 is not a positive number"),
     ],

@@ -188,7 +188,10 @@ def test_a_cut_off_file_is_named(place, tmp_path):
         ([], "--data stl10 is not prepared in"),
         (["--data", "missing/folder"], "--data missing/folder: there is no such folder"),
         (["--folds", "folds.txt", "--max-train", "9"], "--max-train 9 leaves out images of the folds"),
-        (["--data", "BINARY", "--max-test", "9"], "--max-train and --max-test do not apply to the official folder"),
+        (
+            ["--data", "BINARY", "--max-test", "9"],
+            "--max-train, --max-test and --val-fraction do not apply to the official folder",
+        ),
         (["--data", "BINARY", "--folds", "folds.txt"], "--folds folds.txt is not a list of image numbers"),
         (["--draws", "0"], "--draws 0 is not a positive number"),
     ],

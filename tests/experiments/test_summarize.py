@@ -214,7 +214,10 @@ def test_folders_without_runs_and_damaged_files_are_one_sentence(tmp_path, capsy
         (["missing"], "missing: there is no such folder"),
         ([str(tmp_path / "empty")], "empty holds no result.json of a run"),
         ([str(tmp_path / "old")], "old is of an earlier version of cifar10_probe, which wrote no result.json"),
-        ([str(tmp_path / "unfinished")], "unfinished is a training that has not ended"),
+        (
+            [str(tmp_path / "unfinished")],
+            "unfinished is a pretraining that has not ended and holds no results; repeat its command",
+        ),
         ([str(tmp_path / "damaged")], "result.json is missing or damaged"),
     ):
         with pytest.raises(SystemExit) as stop:

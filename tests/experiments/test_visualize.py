@@ -74,10 +74,12 @@ def truth(model, pixels, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 def test_figures_and_arrays_of_images_of_any_size(place, tmp_path, capsys):
     written = visualize.run(config(place, place / "images", out=tmp_path / "out", point=(9, 14), threshold=0.9))
     names = [f"{name}_{kind}.png" for name in ("wide", "tall") for kind in FIGURES]
-    files = {*names, "wide.npz", "tall.npz", "pca.png", "config.json"}
+    files = {*names, "wide.npz", "tall.npz", "pca.png", "sheet.png", "config.json"}
     assert {path.name for path in written} == files == {path.name for path in (tmp_path / "out").iterdir()}
     said = capsys.readouterr().out
     assert f"{tmp_path / 'out' / 'wide'}_{{attention,mask,similarity}}.png   {place / 'images' / 'wide.png'}" in said
+    wide = f"{place / 'images' / 'wide.png'} from 34×23 to 32×20 px"
+    assert f"note: 1 of 2 images are cut to whole patches of 4 px, for example {wide}" in said
     assert json.loads((tmp_path / "out" / "config.json").read_text())["point"] == [9, 14]
     model = dinojax.load(place / "model")
     found = {name: np.load(tmp_path / "out" / f"{name}.npz") for name in ("wide", "tall")}
@@ -143,10 +145,12 @@ def test_images_of_one_name_get_files_of_their_own():
     assert names == ["x", "x_2", "x_2_2", "X_3"]
 
 
-def test_many_images_get_pages_of_pca(place, tmp_path, monkeypatch):
+def test_many_images_get_pages_of_pca_and_sheets(place, tmp_path, monkeypatch):
     monkeypatch.setattr(visualize, "_PER_PAGE", 1)
+    monkeypatch.setattr(visualize, "_PER_SHEET", 1)
     visualize.run(config(place, place / "images", out=tmp_path / "out", save_arrays=False, foreground=None))
-    assert {path.name for path in (tmp_path / "out").glob("pca*")} == {"pca.png", "pca_2.png"}
+    pages = {path.name for path in (tmp_path / "out").glob("*.png") if not path.name.startswith(("wide", "tall"))}
+    assert pages == {"pca.png", "pca_2.png", "sheet.png", "sheet_2.png"}
 
 
 @pytest.mark.parametrize(
@@ -193,6 +197,24 @@ def test_features_that_are_not_finite_are_refused(place, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["nan"]
 
 
+def test_the_colours_of_attention_range_over_its_percentiles(tmp_path, monkeypatch):
+    """Nearly uniform attention, as models have it: from 0 to the maximum, one colour would be all that is seen."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    attention = 0.01 + 1e-4 * np.random.default_rng(0).random((3, 5, 7)).astype(np.float32)
+    pixels = np.asarray(picture(20, 28))
+    map_figures.save_attention(tmp_path, pixels, attention, title="a title", note="a note")
+    (figure,) = figures
+    panels = [axes.images[1] for axes in figure.axes if len(axes.images) == 2]
+    texts = [text.get_text() for text in figure.texts]
+    for panel, values in zip(panels, attention, strict=True):
+        low, high = np.quantile(values.astype(float), [0.01, 0.99])
+        assert panel.get_clim() == pytest.approx((low, high))
+        assert f"{100 * low:.2g}–{100 * high:.2g} %" in texts
+        shown = panel.to_rgba(values)
+        assert np.ptp(shown[..., :3], axis=(0, 1)).max() > 0.9
+
+
 @pytest.mark.parametrize(("height", "width"), [(32, 320), (48, 40), (320, 32)])
 @pytest.mark.parametrize("heads", [3, 16])
 def test_nothing_in_a_figure_overlaps_and_images_keep_their_aspect(tmp_path, monkeypatch, height, width, heads):
@@ -207,6 +229,10 @@ def test_nothing_in_a_figure_overlaps_and_images_keep_their_aspect(tmp_path, mon
     map_figures.save_similarity(tmp_path, pixels, attention[0], (2, 3), **text)
     pca = maps.pca_maps([rng.random((*grid, 4)).astype(np.float32)])
     map_figures.save_pca(tmp_path, [pixels] * 5, pca * 5, ["a very long name of an image"] * 5, **text)
+    row = map_figures.SheetRow(
+        pixels, "a very long name of an image", attention[0], masks["a heading"][0], attention[0], *pca
+    )
+    map_figures.save_contact_sheet(tmp_path, [row] * 3, **text)
     for figure in figures:
         FigureCanvasAgg(figure).draw()
         panels = [axes for axes in figure.axes if axes.images]

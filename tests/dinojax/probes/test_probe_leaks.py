@@ -93,6 +93,16 @@ def test_few_shot_nearest_image_is_that_of_the_draw(separated):
     np.testing.assert_allclose(found["1nn"], np.mean(nearest == labels[-TEST:]), atol=2 / TEST)
 
 
+def test_few_shot_accuracies_are_those_of_its_predictions(separated):
+    features, labels = separated[0][:, 0] - 20, separated[1]
+    options = {"num_classes": CLASSES, "shots": 2, "seeds": (7, 8)}
+    found = probe.few_shot_predictions(features[:TRAIN], labels[:TRAIN], features[-TEST:], **options)
+    accuracies = probe.few_shot(features[:TRAIN], labels[:TRAIN], features[-TEST:], labels[-TEST:], **options)
+    for method, classes in found.items():
+        assert classes.shape == (2, TEST) and (classes[0] != classes[1]).any()
+        assert [np.mean(draw == labels[-TEST:]) for draw in classes] == pytest.approx(accuracies[method].tolist())
+
+
 def test_few_shot_draws_so_many_of_every_class():
     labels = np.random.default_rng(0).integers(0, 3, 50) * 2  # classes 0, 2, 4: gaps are no trouble
     chosen = probe.few_shot_indices(labels, 4, seed=1)

@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 
 from dinojax import UserError
 from dinojax.images.decode import decode_rgb
+from experiments.data.folder import load_image_folder
 from experiments.data.load import load_dataset
 
 COLOURS = np.array([[[200, 30, 40], [10, 220, 60], [50, 70, 240]], [[0, 0, 0], [128, 128, 128], [255, 255, 255]]])
@@ -138,9 +139,11 @@ def test_loose_images_are_no_classes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["TEST", "testing", "val", "valid", "Validation"])
-def test_test_images_are_found_by_every_usual_name(folder, name):
+def test_test_images_are_found_by_every_usual_name_and_validation_images_called_so(folder, name):
     (folder / "test").rename(folder / name)
-    assert load_dataset(str(folder)).test.ids[0] == f"{name}/Yellow dog/0.png"
+    found = load_dataset(str(folder)).test
+    assert found.ids[0] == f"{name}/Yellow dog/0.png"
+    assert found.name == ("test" if name.lower().startswith("test") else "validation")
 
 
 def test_validation_images_are_the_test_images_only_where_there_are_no_others(folder):
@@ -150,6 +153,44 @@ def test_validation_images_are_the_test_images_only_where_there_are_no_others(fo
     shutil.rmtree(folder / "test")
     with pytest.raises(UserError, match="holds val and validation, which mean the same; remove or rename one"):
         load_dataset(str(folder))
+
+
+def test_a_folder_of_classes_alone_is_divided_class_by_class(folder):
+    for split in ("test", "train"):
+        shutil.rmtree(folder / split)
+    for name, count in (("cat", 10), ("dog", 4), ("hen", 2)):
+        for i in range(count):
+            write(folder / name / f"{i}.png", COLOURS // (i + 1))
+    found = load_dataset(str(folder), val_fraction=0.3)
+    assert found.class_names == ("cat", "dog", "hen") and found.test.name == "validation"
+    assert np.bincount(found.test.labels).tolist() == [3, 1, 1]
+    assert np.bincount(found.train.labels).tolist() == [7, 3, 1]
+    assert set(found.train.ids).isdisjoint(found.test.ids)
+    fine_tuned = load_image_folder(folder, val_fraction=0.3)
+    assert (found.train.ids, found.test.ids) == (fine_tuned.train.ids, fine_tuned.validation.ids)
+    limited = load_dataset(str(folder), val_fraction=0.3, max_train=5, max_test=3)
+    assert (len(limited.train), len(limited.test)) == (5, 3)
+    with pytest.raises(UserError, match="--max-test 2 is fewer than one image for each of the 3 classes"):
+        load_dataset(str(folder), val_fraction=0.3, max_test=2)
+    with pytest.raises(UserError, match=r"test/<class>/, or in <class>/ with --val-fraction 0\.2$"):
+        load_dataset(str(folder), dividable=True)
+    with pytest.raises(UserError, match=r"images belong in train/<class>/ and test/<class>/$"):
+        load_dataset(str(folder))  # for a command without the flag
+
+
+def test_training_images_alone_are_divided_too(folder):
+    shutil.rmtree(folder / "test")
+    found = load_dataset(str(folder), val_fraction=0.5)
+    assert np.bincount(found.train.labels).tolist() == np.bincount(found.test.labels).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(("name", "called"), [("test", "test"), ("val", "validation")])
+def test_a_fraction_beside_other_images_is_refused(folder, name, called):
+    (folder / "test").rename(folder / name)
+    with pytest.raises(UserError, match=f"--val-fraction 0.2: .* has {called} images already, in {name}; leave the"):
+        load_dataset(str(folder), val_fraction=0.2)
+    with pytest.raises(UserError, match=r"--val-fraction 0\.2: digits has test images already; leave the flag out"):
+        load_dataset("digits", val_fraction=0.2)
 
 
 def test_a_test_image_that_was_trained_on_is_noted(tmp_path):

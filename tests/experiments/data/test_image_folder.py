@@ -163,6 +163,14 @@ def test_images_outside_of_a_class_are_noted(folder):
     assert load_image_folder(folder).notes == (note,)
 
 
+@pytest.mark.parametrize("place", ["training/cow", "validation/cow"])
+def test_a_class_folder_that_is_a_link_to_nowhere_is_named(folder, place):
+    """It is a class that was meant to be there: leaving it out would train on other classes than the user thinks."""
+    (folder / place).symlink_to(folder / "nowhere")
+    with pytest.raises(UserError, match=rf"{place} is a link to .*nowhere, which does not exist; mend or remove it"):
+        load_image_folder(folder)
+
+
 def remove(root, pattern):
     for path in sorted(root.glob(pattern), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()

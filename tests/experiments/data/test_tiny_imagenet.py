@@ -18,6 +18,7 @@ def root(tmp_path):
 def test_labels_follow_the_images(root, by_name):
     dataset = load_dataset("tiny_imagenet", data_dir=root.parent) if by_name else load_dataset(str(root))
     assert_labels_follow_the_images(dataset)
+    assert dataset.test.name == "validation"  # the labels of the test images are not published
     assert [path.name for path in root.parent.iterdir()] == [root.name]  # used as it is, nothing is prepared
 
 

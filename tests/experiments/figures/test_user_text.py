@@ -5,6 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dinojax.maps import PcaMap
 from experiments.figures import examples, maps, results
 from experiments.figures.style import save_figure
 
@@ -12,7 +13,11 @@ NAME = r"$\no mathematics$"  # Matplotlib raises a ValueError where it parses th
 NAMES = [NAME, "$1_bill_vs_$5_bill", "Ke$ha_$_live"]
 PIXELS = np.zeros((28, 28, 3), np.uint8)
 PREDICTIONS = {"labels": np.arange(3), "predicted": np.array([0, 1, 1]), "probabilities": np.full(3, 0.5)}
-METRICS = {"test": dict.fromkeys(("accuracy", "weighted_precision", "weighted_recall", "weighted_f1"), 0.5)}
+KEYS = ("accuracy", "balanced_accuracy", "weighted_precision", "weighted_f1")
+METRICS = {"test": {**dict.fromkeys(KEYS, 0.5), "interval": dict.fromkeys(KEYS, (0.4, 0.6))}}
+METRICS["train"] = METRICS["test"]
+MASK, PCA = np.eye(2, dtype=bool), PcaMap(np.ones((2, 2, 3)), np.ones((2, 2), bool))
+MAPS = {"title": NAME, "note": NAME}
 CURVES = {"loss": np.ones(3), "accuracy": np.ones(3)}
 GRID = {"chosen": (1.0, 0.5), "xlabel": NAME, "ylabel": NAME, "title": NAME}
 
@@ -25,7 +30,14 @@ FIGURES = {
     "grid": lambda path: results.save_grid(path, [0.1, 1.0, 10.0], {NAME: [0.1, 0.5, 0.2]}, **GRID),
     "map": lambda path: results.save_map(path, np.eye(3, 2), np.arange(3), NAMES, axis_labels=(NAME, NAME), title=NAME),
     "classified": lambda path: results.save_classified(path, [PIXELS], [NAME], [[(NAME, NAME, 0.5)]], title=NAME),
-    "attention": lambda path: maps.save_attention(path, PIXELS, np.ones((2, 2, 2), np.float32), title=NAME, note=NAME),
+    "bars": lambda path: results.save_bars(path, {NAME: METRICS}, {NAME: NAME}, balanced=True, title=NAME),
+    "attention": lambda path: maps.save_attention(path, PIXELS, np.ones((2, 2, 2), np.float32), **MAPS),
+    "masks": lambda path: maps.save_masks(path, PIXELS, {NAME: np.stack([MASK] * 2)}, **MAPS),
+    "similarity": lambda path: maps.save_similarity(path, PIXELS, np.eye(2), (3, 4), **MAPS),
+    "pca": lambda path: maps.save_pca(path, [PIXELS], [PCA], [NAME], **MAPS),
+    "sheet": lambda path: maps.save_contact_sheet(
+        path, [maps.SheetRow(PIXELS, NAME, np.eye(2), MASK, np.eye(2), PCA)] * 2, **MAPS
+    ),
 }
 
 

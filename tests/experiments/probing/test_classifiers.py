@@ -19,7 +19,7 @@ from experiments.probing import fitting, pipeline
 from experiments.probing.classifiers import TITLES, load_classifiers, save_classifiers
 from experiments.probing.config import ClassifierConfig, ClassifierSettings
 from experiments.probing.data import SealedTest, TrainingFeatures, UnseenFeatures
-from experiments.probing.fitting import ON_HELDOUT, ON_TEST, TrainingData, check_labels
+from experiments.probing.fitting import ON_HELDOUT, TrainingData, check_labels, selected_on
 from experiments.runs.settings import create
 
 FAST = ClassifierSettings(epochs=2, mlp_epochs=2, sweep_steps=20)
@@ -148,7 +148,7 @@ def test_saved_classifiers_predict_the_same_and_share_the_training_features(fitt
 
 
 def test_what_cannot_be_loaded_is_one_sentence(fitted, tmp_path):
-    with pytest.raises(UserError, match=r"holds no classifiers\.json; name a folder that cifar10_probe made"):
+    with pytest.raises(UserError, match=r"classifiers\.json is missing or damaged"):
         load_classifiers(tmp_path)
     save_classifiers(tmp_path, [fitted["linear"].classifier], {})
     with pytest.raises(UserError, match=r"--classifiers svc is not among those of .*: linear"):
@@ -232,7 +232,7 @@ def test_no_test_image_has_a_say_in_what_is_fitted():
     for name in names:
         looks = name in ("linear", "sweep", "mlp")
         assert (one[name].details == other[name].details) != looks, name
-        assert (one[name].selection == ON_TEST) == looks
+        assert (one[name].selection == selected_on("test") == "selected on the test set") == looks
 
 
 def test_the_test_set_is_opened_once_after_all_fits(monkeypatch):

@@ -5,13 +5,14 @@ import json
 
 import numpy as np
 import pytest
-from sklearn.metrics import f1_score, precision_score, recall_score
+from sklearn.metrics import balanced_accuracy_score, f1_score, precision_score, recall_score
 
 from experiments.data.splits import Split
 from experiments.probing import metrics as metrics_module
 from experiments.probing.classifier_report import table
 from experiments.probing.classifiers import Prediction
 from experiments.probing.metrics import compute_metrics, resample_metrics, top_accuracy, write_predictions
+from experiments.probing.pipeline import Row
 
 # By hand: class a 3 images (2 right, 1 called b), class b 2 (1 right, 1 called c), class c 1 (right); d has none.
 LABELS = np.array([0, 0, 0, 1, 1, 2])
@@ -38,6 +39,28 @@ def test_a_case_counted_by_hand():
     assert json.loads(json.dumps(found)) == found
 
 
+def test_balanced_accuracy_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    for classes in (2, 3, 7):
+        labels = rng.choice(classes, 200, p=rng.dirichlet(np.ones(classes)))
+        predicted = np.where(rng.random(200) < 0.6, labels, rng.choice(np.unique(labels), 200))
+        found = compute_metrics(labels, prediction(predicted, classes), [str(i) for i in range(classes)])
+        expected = balanced_accuracy_score(labels, predicted)
+        assert (
+            found["balanced_accuracy"] == pytest.approx(expected) == metrics_module.balanced_accuracy(labels, predicted)
+        )
+        low, high = found["interval"]["balanced_accuracy"]
+        assert low < expected < high
+
+
+@pytest.mark.parametrize(
+    ("counts", "unlike"), [((4, 6), False), ((4, 7), True), ((5, 5, 0), False), ((2, 3, 0, 4), True)]
+)
+def test_classes_are_unlike_beyond_one_and_a_half_times_the_smallest(counts, unlike):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    assert metrics_module.are_unlike(labels) == unlike
+
+
 def test_every_resample_is_scored_as_scikit_learn_does(monkeypatch):
     """A draw whose counts are known: one resample of one image per cell count, compared label by label."""
     monkeypatch.setattr(metrics_module, "RESAMPLES", 7)
@@ -52,6 +75,8 @@ def test_every_resample_is_scored_as_scikit_learn_does(monkeypatch):
         for at, counts in enumerate(again.multinomial(total, share, stop - start), start):
             true, predicted = np.repeat(rows, counts), np.repeat(columns, counts)
             assert found["accuracy"][at] == pytest.approx(np.mean(true == predicted))
+            recalls = [np.mean(predicted[true == one] == one) for one in np.unique(true)]
+            assert found["balanced_accuracy"][at] == pytest.approx(np.mean(recalls))
             for average in ("weighted", "macro"):
                 for name, score in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
                     expected = score(true, predicted, average=average, zero_division=0)
@@ -120,3 +145,19 @@ def test_the_table_says_which_average_its_f1_is():
     end = header.index("weighted F1 %") + len("weighted F1 %")
     assert row[end - 5 : end] == f"{100 * found['weighted_f1']:.2f}" == "67.78"
     assert f"{100 * found['macro_f1']:.2f}" != "67.78"
+
+
+def test_the_table_shows_balanced_accuracy_beside_accuracy_and_the_name_of_the_images():
+    """The case counted by hand: recalls of 2/3, 1/2 and 1."""
+    found = compute_metrics(LABELS, prediction(CLASSES, 4), NAMES)
+    one = {"title": "one", "test": found, "train": found, "train_test_gap": 0.0, "selection": "", "settings": {"k": 1}}
+    cost = {"fit": {"seconds": 1.0, "peak_mib": None}, "predict": {"seconds": 1.0, "peak_mib": None}}
+    metrics = {"classifiers": {"one": one | {"fit": {}}}, "cost": {"one": cost}, "features_seconds": 1.0}
+    row = Row("model", "cls", "5_shot_knn", (0.25, 0.75), (0.5, 0.7))
+    header, line, few, features = table(metrics, [row], "validation", balanced=True).splitlines()
+    for name, shown in (("validation %", "66.67"), ("balanced %", "72.22"), ("weighted F1 %", "67.78")):
+        end = header.index(name) + len(name)
+        assert line[end - 5 : end] == shown
+    end = header.index("balanced %") + len("balanced %")
+    assert few[end - 5 : end] == "60.00" and few.index("mean and") == header.index("selection")
+    assert len(features) == header.index("fit s") + len("fit s")
