@@ -196,7 +196,7 @@ class TrainingCheckpoints(contextlib.AbstractContextManager):
 
     def _first_sound(self, steps: Iterable[int], state_of: Callable[[dict[str, Any]], PyTree]) -> Restored | None:
         """The first checkpoint from whose manifest `state_of` reads a state."""
-        skipped = []
+        skipped: list[str] = []
         for step in steps:
             try:
                 manifest = self._manifest(step)

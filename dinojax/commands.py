@@ -18,7 +18,7 @@ T = TypeVar("T")
 _NO_HOME = "Could not determine home directory."  # of `Path.expanduser`
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOOK_SECONDS = 0.1  # between two looks at the signals while another thread works
-_left_behind: list[threading.Thread] = []
+_left_behind: list[threading.Event] = []  # of each thread, set when its work is done
 
 
 @contextmanager
@@ -50,27 +50,29 @@ def answering_signals(work: Callable[[], T]) -> T:
     raises, the thread is left behind, and `exit_on_user_error` ends the process without it.
     """
     future: Future[T] = Future()
+    done = threading.Event()
 
     def run() -> None:
         try:
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)
+        done.set()
 
-    thread = threading.Thread(target=run, name="work", daemon=True)
     try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(_LOOK_SECONDS)
+        threading.Thread(target=run, name="work", daemon=True).start()
+        # Not `Thread.join`: in Python 3.11, a thread counts as ended when a signal has interrupted that.
+        while not done.wait(_LOOK_SECONDS):
+            pass
     except BaseException:
-        _left_behind.append(thread)
+        _left_behind.append(done)
         raise
     return future.result()
 
 
 def _end_at_once(code: object) -> None:
     """Ends the process if a thread was left behind: the interpreter would wait for it, or crash."""
-    if not any(thread.is_alive() for thread in _left_behind):
+    if all(done.is_set() for done in _left_behind):
         return
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

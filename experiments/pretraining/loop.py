@@ -60,8 +60,8 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     config.check()
     folder, data = config.folder, config.dataset
     dataset = load_images(data.data, data_dir=data.data_dir, max_train=data.max_train, max_test=data.max_test)
-    _check_batch(config, len(dataset.train))
     labelled = bool(dataset.class_names)
+    _check_batch(config, len(dataset.train), 0 if labelled else len(dataset.test))
     splits = {"train": dataset.train, "test" if labelled else "held_out": dataset.test}
     found = records.data_record(dataset.class_names, splits)
     accept, back = config.run.accept_changed_data, config.run.from_step is not None
@@ -78,13 +78,14 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         return _result(folder)
 
 
-def _check_batch(config: PretrainConfig, images: int) -> None:
+def _check_batch(config: PretrainConfig, images: int, held_out: int) -> None:
     """Raises a `UserError` if the training images do not fill a batch."""
     batch, parts = config.training.batch_size, config.compute.accumulation_steps
     if images < batch:
         most = images // parts * parts
         way = f"give --batch-size {most}" if most else "add images"
-        raise UserError(f"--batch-size {batch} is more than the {images:,} training images; {way}")
+        rest = f" ({held_out:,} more are held out)" if held_out else ""
+        raise UserError(f"--batch-size {batch} is more than the {images:,} training images{rest}; {way}")
 
 
 def _result(folder: Path) -> PretrainResult:
