@@ -272,7 +272,7 @@ def test_a_backbone_brings_its_size_and_a_single_model_its_name(run, tmp_path):
 @pytest.mark.parametrize(
     ("weights", "flags", "message"),
     [
-        ("unfinished", [], "unfinished is the run of a training that has not ended: it holds no teacher yet"),
+        ("unfinished", [], "unfinished is the run of a training that has not ended and holds no checkpoint yet"),
         ("dino_vitz", [], "no model is called 'dino_vitz': did you mean dino_vitt8 or dino_vits8"),
         ("missing.pth", [], "missing.pth: there is no such file or folder of weights"),
         ("plain", [], "plain holds no weights: model.safetensors or pytorch_model.bin was expected in it"),
