@@ -25,7 +25,8 @@ _left_behind: list[threading.Event] = []  # of each thread, set when its work is
 def exit_on_user_error() -> Iterator[None]:
     """Ends a command with one line on stderr: exit code 2 for a `UserError` or a full disk, 130 for Ctrl-C.
 
-    SIGTERM and SIGHUP end it with 128 plus their number, after temporary files are removed. Letters that the terminal
+    SIGTERM and SIGHUP end it with 128 plus their number, after temporary files are removed; so does a reader of its
+    output that leaves, such as `head`. Letters that the terminal
     or the locale does not have are printed as escapes.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -84,6 +85,10 @@ def _end_at_once(code: object) -> None:
 def _one_line() -> Iterator[None]:
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has left, as `head` does: nothing more can be printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -36,6 +36,15 @@ def test_names_that_are_not_utf_8_are_printed_on_a_usual_terminal():
     assert (done.stdout, done.returncode) == (b"1 \xc2\xb1 2 \\udce9\n", 0)
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_leaves_ends_a_command_in_silence(lines):
+    code = f"from dinojax.commands import *\nwith exit_on_user_error():\n for i in range({lines}): print(i)"
+    words, pipe = [sys.executable, "-c", code], subprocess.PIPE
+    with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe) as command:
+        command.stdout.close()
+        assert command.stderr.read() == b"" and command.wait() == 128 + signal.SIGPIPE
+
+
 def test_a_home_that_does_not_exist_is_one_sentence():
     done = run("__import__('pathlib').Path('~nobody-has-this-name/x').expanduser()")
     assert done.stderr.startswith(b"error: a path begins with ~, but there is no such home folder")
