@@ -169,6 +169,29 @@ def drop_path(x: Float[Array, "batch *rest"], rate: float, key: Key[Array, ""] |
     return jnp.where(keep, x / (1 - rate), 0)
 
 
+def add_branch(
+    x: Float[Array, "batch *rest"],
+    branch: Callable[[Array], Array],
+    rate: float,
+    key: Key[Array, ""] | None,
+    *,
+    drop_subsets: bool = False,
+) -> Float[Array, "batch *rest"]:
+    """x + branch(x) with drop path: of each sample on its own, or of all samples but a random subset.
+
+    With `drop_subsets` the branch is computed only for batch · (1 - rate) samples, at least one, drawn without
+    repetition, and rescaled: what is dropped is not computed. Without a key, or at rate 0, nothing is dropped.
+
+    Source: facebookresearch/dinov2 b8931f7 `dinov2/layers/block.py`, `drop_add_residual_stochastic_depth`.
+    """
+    if not drop_subsets or key is None or rate == 0:
+        return x + drop_path(branch(x), rate, key)
+    batch = len(x)
+    kept = max(int(batch * (1 - rate)), 1)
+    rows = jax.random.permutation(key, batch)[:kept]
+    return x.at[rows].add(branch(x[rows]) * (batch / kept), unique_indices=True)
+
+
 class Block(Module):
     """Pre-norm transformer block: attention, then feed-forward, each with optional LayerScale and drop path."""
 
@@ -197,11 +220,12 @@ class Block(Module):
         self.ls2 = None if init_values is None else LayerScale(dim, init_values)
 
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], *, key: Key[Array, ""] | None = None
+        self, x: Float[Array, "batch tokens dim"], *, key: Key[Array, ""] | None = None, drop_subsets: bool = False
     ) -> Float[Array, "batch tokens dim"]:
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        x = x + drop_path(_scaled(self.ls1, self.attn(self.norm1(x))), self.drop_path_rate, attn_key)
-        return x + drop_path(_scaled(self.ls2, self.mlp(self.norm2(x))), self.drop_path_rate, mlp_key)
+        add = functools.partial(add_branch, rate=self.drop_path_rate, drop_subsets=drop_subsets)
+        x = add(x, lambda x: _scaled(self.ls1, self.attn(self.norm1(x))), key=attn_key)
+        return add(x, lambda x: _scaled(self.ls2, self.mlp(self.norm2(x))), key=mlp_key)
 
     def attention_probs(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens tokens"]:
         """The attention probabilities of this block for the input `x`; each row (a query) sums to one."""

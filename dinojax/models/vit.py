@@ -151,6 +151,7 @@ class VisionTransformer(Module):
         masks: Array | np.ndarray | None = None,
         *,
         key: Key[Array, ""] | None = None,
+        drop_subsets: bool = False,
         remat: bool = False,
     ) -> Features:
         """Features of a batch of images.
@@ -159,6 +160,7 @@ class VisionTransformer(Module):
             images: normalised pixels "batch height width channels".
             masks: bool "batch patches": which patches the mask token replaces, in row-major order (DINOv2 only).
             key: draws drop path; None leaves it out.
+            drop_subsets: drop path as DINOv2 trains: each branch is computed for a random subset of the images only.
             remat: keep only the input of each block, and compute its activations again for the gradient.
 
         Raises:
@@ -168,7 +170,7 @@ class VisionTransformer(Module):
         keys = [None] * len(self.blocks) if key is None else list(jax.random.split(key, len(self.blocks)))
         x = self._embed(images, masks)
         for block, block_key in zip(self.blocks, keys):
-            apply = functools.partial(Block.__call__, block)
+            apply = functools.partial(Block.__call__, block, drop_subsets=drop_subsets)
             x = (jax.checkpoint(apply) if remat else apply)(x, key=block_key)
         cls_token, register_tokens, patch_tokens = self._split(self.norm(x))
         return Features(cls_token, patch_tokens, register_tokens, prenorm=x)

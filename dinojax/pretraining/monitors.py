@@ -1,6 +1,7 @@
 """Monitors of self-distillation: spread and rank of the features, norms of the gradients, a diagnosis of collapse."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -64,3 +65,19 @@ def diagnose_collapse(loss: float, feature_std: float, prototypes: int) -> str |
         f"collapse: {sign}; lower the teacher temperature (0.04 without warm-up), raise the teacher momentum "
         "(0.9995 at batch 256), or lower the learning rate"
     )
+
+
+def diagnose_dinov2_collapse(metrics: Mapping[str, float], prototypes: int, patch_prototypes: int) -> str | None:
+    """`diagnose_collapse` for DINOv2: of the class tokens, then of the masked patches.
+
+    Args:
+        metrics: means over some steps of those of `make_dinov2_train_step`.
+        prototypes: number of prototypes for class tokens.
+        patch_prototypes: number of prototypes for patch tokens.
+    """
+    spread = metrics["feature_std"]
+    found = diagnose_collapse(metrics["class_cross_entropy"], spread, prototypes)
+    if found is None and metrics["masked_share"] > 0:
+        found = diagnose_collapse(metrics["patch_cross_entropy"], spread, patch_prototypes)
+        return found and f"masked patches: {found}"
+    return found

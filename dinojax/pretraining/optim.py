@@ -49,7 +49,7 @@ def dino_optimizer(
         )
 
     def group(path: tuple[Any, ...], _: Any) -> str:
-        names = _names(path)
+        names = names_of(path)
         if names[-1] in frozen:
             return "frozen"
         return LAST_LAYER if LAST_LAYER in names else "rest"
@@ -79,7 +79,7 @@ def clip_by_tensor_norm(max_norm: float) -> optax.GradientTransformation:
 def is_decayed(params: Any) -> Any:
     """A mask of the parameters with weight decay: all except biases and other vectors."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, param: _names(path)[-1] != "bias" and jnp.ndim(param) > 1, params
+        lambda path, param: names_of(path)[-1] != "bias" and jnp.ndim(param) > 1, params
     )
 
 
@@ -93,6 +93,6 @@ def _in_own_dtype(transform: optax.GradientTransformation) -> optax.GradientTran
     return optax.GradientTransformation(transform.init, update)
 
 
-def _names(path: tuple[Any, ...]) -> list[str]:
+def names_of(path: tuple[Any, ...]) -> list[str]:
     """The names along a path through nested dictionaries, without the `.value` of a Flax variable."""
     return [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, DTypeLike, Float, Int, Key, PyTree, Shaped, UInt8
 
 from dinojax.accumulation import moving_average, part_size, sum_over_parts
 from dinojax.models.chunks import in_chunks
+from dinojax.models.files import Network
 from dinojax.models.head import DINOHead
 from dinojax.models.layers import Module
 from dinojax.models.vit import VisionTransformer
@@ -70,7 +71,8 @@ class TrainState(NamedTuple):
     student: PyTree
     teacher: PyTree
     opt_state: optax.OptState
-    center: Float[Array, " prototypes"]
+    center: PyTree
+    """A vector "prototypes"; for DINOv2 a `Centers` of two."""
 
 
 class BatchStatistics(NamedTuple):
@@ -89,16 +91,25 @@ TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 def init_state(model: DINO, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; the teacher starts as a copy of the student."""
+    return new_state(model, optimizer, first_center(model.head))
+
+
+def new_state(model: Module, optimizer: optax.GradientTransformation, center: PyTree) -> TrainState:
+    """The state before the first step of any model, with the given center."""
     student = nnx.state(model, nnx.Param)
-    prototypes = model.head.last_layer.weight_v.shape[0]
-    dtype = model.head.last_layer.weight_v.dtype
     return TrainState(
         step=jnp.zeros([], jnp.int32),
         student=student,
         teacher=jax.tree.map(jnp.copy, student),  # donated states must not hold one buffer twice
         opt_state=optimizer.init(student),
-        center=jnp.zeros(prototypes, dtype),
+        center=center,
     )
+
+
+def first_center(head: DINOHead) -> Float[Array, " prototypes"]:
+    """The center before the first step: a zero for each prototype of the head."""
+    weight = head.last_layer.weight_v
+    return jnp.zeros(weight.shape[0], weight.dtype)
 
 
 def make_train_step(
@@ -160,11 +171,9 @@ def make_train_step(
             def share_of(part: Sequence[Crops], key: Array | None) -> PyTree:
                 return jax.tree.map(lambda x: x / accumulation_steps, gradients_of(state, part, key))
 
-            gradients, outcome = sum_over_parts(share_of, _split(crops, accumulation_steps), key)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.student)
-        student = optax.apply_updates(state.student, updates)
-        teacher = moving_average(student, state.teacher, 1 - teacher_momentum(state.step))
+            gradients, outcome = sum_over_parts(share_of, split_batch(crops, accumulation_steps), key)
         center = updated_center(state.center, outcome.teacher_logits[None, None], center_momentum)
+        state = updated_state(state, gradients, optimizer, teacher_momentum, center)
         gradient_norm, clipped_share = gradient_norms(gradients, clip_norm)
         metrics = {
             "loss": outcome.loss,
@@ -175,9 +184,35 @@ def make_train_step(
             "gradient_norm": gradient_norm,
             "clipped_share": clipped_share,
         }
-        return TrainState(state.step + 1, student, teacher, opt_state, center), metrics
+        return state, metrics
 
     return train_step
+
+
+def updated_state(
+    state: TrainState,
+    gradients: PyTree,
+    optimizer: optax.GradientTransformation,
+    teacher_momentum: Schedule,
+    center: PyTree,
+) -> TrainState:
+    """The state after a step: the optimizer moves the student, then the teacher follows it."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.student)
+    student = optax.apply_updates(state.student, updates)
+    teacher = moving_average(student, state.teacher, 1 - teacher_momentum(state.step))
+    return TrainState(state.step + 1, student, teacher, opt_state, center)
+
+
+def make_network(model: Network, compute_dtype: DTypeLike | None) -> Callable[[PyTree], Network]:
+    """Returns `network(parameters)`: the model with these parameters, cast to `compute_dtype` if that is given."""
+    graphdef, _ = nnx.split(model, nnx.Param)
+
+    def network(parameters: PyTree) -> Network:
+        if compute_dtype is not None:
+            parameters = jax.tree.map(lambda x: x.astype(compute_dtype), parameters)
+        return nnx.merge(graphdef, parameters)
+
+    return network
 
 
 def _make_gradients(
@@ -190,12 +225,7 @@ def _make_gradients(
     prototype_chunk: int | None,
 ) -> Callable[[TrainState, Sequence[Crops], Array | None], tuple[PyTree, BatchStatistics]]:
     """Returns `gradients_of(state, crops, key)`: the gradients of the loss by the student's parameters."""
-    graphdef, _ = nnx.split(model, nnx.Param)
-
-    def network(parameters: PyTree) -> DINO:
-        if compute_dtype is not None:
-            parameters = jax.tree.map(lambda x: x.astype(compute_dtype), parameters)
-        return nnx.merge(graphdef, parameters)
+    network = make_network(model, compute_dtype)
 
     def gradients_of(state: TrainState, crops: Sequence[Crops], key: Array | None) -> tuple[PyTree, BatchStatistics]:
         teacher = network(state.teacher)
@@ -232,8 +262,8 @@ def _make_gradients(
     return gradients_of
 
 
-def _split(crops: Sequence[Crops], parts: int) -> list[Array]:
-    """Each group of crops as "parts crops images …"; the images of a part are neighbours in the batch."""
+def split_batch(crops: Sequence[Shaped[Array, "_crops batch *_rest"]], parts: int) -> list[Array]:
+    """Each array as "parts crops images …"; the images of a part are neighbours in the batch."""
     images = part_size(crops[0].shape[1], parts)
     return [jnp.moveaxis(x.reshape(len(x), parts, images, *x.shape[2:]), 1, 0) for x in crops]
 

@@ -103,7 +103,7 @@ def train(reference: Reference, dtype: type) -> Trajectory:
         freeze_last_layer_steps=config["freeze_last_layer"] * config["steps_per_epoch"],
         frozen=("weight_g",) if config["norm_last_layer"] else (),
     )
-    optimizer = _keeping_gradients(optimizer)
+    optimizer = keeping_gradients(optimizer)
     step = jax.jit(
         make_train_step(
             model,
@@ -125,7 +125,7 @@ def train(reference: Reference, dtype: type) -> Trajectory:
     return Trajectory(losses, centers, student, teacher, gradients)
 
 
-def _keeping_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+def keeping_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """The same updates; the state holds the last gradients too."""
 
     def update(gradients, state, params=None):
