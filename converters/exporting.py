@@ -94,7 +94,8 @@ def _write_program(model: VisionTransformer, target: Target, out: Path, size: in
 
         content = bytes(stablehlo(model, size, outputs))
         taken, axes = "images", ["batch", size, size, channels]
-        lines = ["import jax.export", f'run = jax.export.deserialize(bytearray(open("{out}", "rb").read())).call']
+        read = f'bytearray(pathlib.Path("{out}").read_bytes())'
+        lines = ["import jax.export, pathlib", f"run = jax.export.deserialize({read}).call"]
         lines.append(f"outputs = run(images)  # a dictionary: {', '.join(outputs)}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -183,7 +183,7 @@ def _feed_forward(graph: _Graph, x: str, block: str) -> str:
         x = graph.add("Mul", x, graph.constant("half", 0.5, np.float32), name=f"/{block}/gelu")
         return graph.linear(x, f"{block}.mlp.fc2")
     x = graph.linear(x, f"{block}.mlp.w12")
-    gate, value = f"/{block}/gate", f"/{block}/value"
+    gate, value = f"/{block}/mlp_gate", f"/{block}/mlp_value"
     graph.nodes.append(graph.onnx.helper.make_node("Split", [x], [gate, value], name=f"/{block}/split", axis=-1))
     sigmoid = graph.add("Sigmoid", gate, name=f"/{block}/sigmoid")
     gate = graph.add("Mul", gate, sigmoid, name=f"/{block}/silu")

@@ -12,9 +12,10 @@ import safetensors
 from safetensors.numpy import save_file
 
 from converters.huggingface.names import to_hugging_face
+from converters.huggingface.settings import FILTERS
 from dinojax.errors import UserError
-from dinojax.models.preprocessing import Preprocessing
 from dinojax.models.layers import swiglu_hidden_dim
+from dinojax.models.preprocessing import Preprocessing
 from dinojax.models.vit import VisionTransformer, ViTConfig
 
 _CLASSES = {"vit": "ViTModel", "dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
@@ -105,7 +106,7 @@ def processor_settings(preprocessing: Preprocessing) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": side},
-        "resample": preprocessing.resample.value,
+        "resample": FILTERS[preprocessing.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
         "do_rescale": True,

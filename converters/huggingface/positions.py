@@ -37,6 +37,6 @@ def difference_from_transformers(config: ViTConfig) -> str | None:
     if with_positions(config, "huggingface") == config:
         return None
     return (
-        f"positions are resized as in upstream's code, with its +0.1; transformers resizes without it, so at other "
-        f"sizes than {config.img_size} px its outputs differ by up to 1e-2"
+        f"positions are resized as in upstream's code, with its +0.1; transformers resizes without it, and at other "
+        f"sizes than {config.img_size} px its outputs differ by about 1e-2"
     )

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from dinojax.errors import UserError
 from dinojax.models.layers import SwiGLUFFN, swiglu_hidden_dim
 from dinojax.models.vit import VisionTransformer, ViTConfig
 
 FAMILIES = {"dinov2": "dinov2", "dinov2_with_registers": "dinov2", "vit": "dino"}
 """Hugging Face's `model_type` → family of the model."""
+FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+"""Interpolation → Pillow's number of the filter, which Hugging Face calls `resample`."""
 _LARGEST_RATIO = 1024
 _EPSILON = 1e-6  # of every LayerNorm in DINO and DINOv2
 _ONNX_FOLDER = "onnx"  # where repositories keep their exports, below the folder of the settings
@@ -159,13 +159,13 @@ def preprocessing_beside(path: str | Path) -> dict[str, Any]:
 
 def _interpolation(path: str | Path, resample: Any) -> str:
     """Pillow's number of a filter → its name."""
-    known = [Image.Resampling[name] for name in ("NEAREST", "LANCZOS", "BILINEAR", "BICUBIC")]
-    if not _is_whole(resample) or resample not in known:
+    names = {number: name for name, number in FILTERS.items()}
+    if not _is_whole(resample) or resample not in names:
+        known = ", ".join(f"{number} ({name})" for number, name in names.items())
         raise UserError(
-            f"{path}: preprocessor_config.json has resample = {resample!r:.40}, and dinojax resizes with "
-            + ", ".join(f"{filter.value} ({filter.name.lower()})" for filter in known)
+            f"{path}: preprocessor_config.json has resample = {resample!r:.40}, and dinojax resizes with {known}"
         )
-    return Image.Resampling(resample).name.lower()
+    return names[resample]
 
 
 def _side(size: Any) -> int | None:

@@ -19,7 +19,9 @@ _LARGEST = 2**31  # bytes of a protobuf
 _PARAMETER = re.compile(r"^(\w+\.)?(embeddings|encoder\.layer|layers|layernorm|classifier|pooler)\.[\w.]+$")
 _DTYPES = {1: np.dtype("<f4"), 10: np.dtype("<f2"), 11: np.dtype("<f8"), 16: None}  # TensorProto.DataType; 16: bfloat16
 _PASSED_ON = ("Identity", "Cast")
+_RESIZED = ("Reshape", "Transpose", "Resize")  # what is done to the position table
 _QUANTISED = ("DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "MatMulNBits")
+_FIRST_QUERY = re.compile(r"\.0\.attention\.(attention\.query|q_proj)\.weight$")
 _DEEPEST = 16
 _EPSILON = 1e-6  # of every LayerNorm in DINO and DINOv2
 
@@ -67,6 +69,7 @@ class _Reader:
         self.makers = {output: node for node in self.nodes for output in node.output}
         self.files: dict[str, int] = {}  # external files and their sizes
         self.read = 0  # bytes of them
+        self.products: dict[str, Any] = {}  # weight of a linear layer → its node
         self.takers: dict[str, list[Any]] = {}
         for node in self.nodes:
             for name in node.input:
@@ -88,7 +91,11 @@ class _Reader:
         """Hugging Face's name → array in torch's layout."""
         matrices = dict(self._linear_layers())
         taken = {stored for stored, _ in matrices.values()}
-        found = {name: self._array(name) for name in self.stored if _PARAMETER.match(name) and name not in taken}
+        # Equal tensors are stored once, and an Identity gives the others their names.
+        named = [name for name in (*self.stored, *self.makers) if _PARAMETER.match(name) and name not in matrices]
+        behind = {name: self._behind(name, _PASSED_ON) for name in named}
+        found = {name: self._array(stored) for name, stored in behind.items() if stored and stored not in taken}
+        found |= self._positions(found)
         for name, (stored, transposed) in matrices.items():
             array = self._array(stored)
             if array.ndim != 2:
@@ -98,7 +105,6 @@ class _Reader:
 
     def _linear_layers(self) -> Iterator[tuple[str, tuple[str, bool]]]:
         """Name of a weight → name of the stored tensor, and whether it is transposed to torch's layout there."""
-        seen = set()
         for node in self.nodes:
             if node.op_type not in ("MatMul", "Gemm") or len(node.input) < 2:
                 continue
@@ -106,48 +112,80 @@ class _Reader:
             name = self._name_of_layer(node, stored)
             if stored is None or name is None:
                 continue
-            if name in seen:
+            if name in self.products:
                 raise UserError(f"{self.path} has two matrices for {name}")
-            seen.add(name)
+            self.products[name] = node
             rows_are_inputs = not _flag(node, "transB") if node.op_type == "Gemm" else True
             yield name, (stored, rows_are_inputs != turned)
 
     def _stored_matrix(self, name: str) -> tuple[str | None, bool]:
         """The stored tensor behind a value, and whether it is transposed on the way."""
-        turned = False
+        turns = 0
         for _ in range(_DEEPEST):
-            if name in self.stored:
-                return name, turned
             node = self.makers.get(name)
-            if node is None or len(node.input) != 1 or node.op_type not in (*_PASSED_ON, "Transpose"):
-                return None, turned
-            turned ^= node.op_type == "Transpose"
-            name = node.input[0]
-        return None, turned
+            if name in self.stored or node is None or node.op_type not in (*_PASSED_ON, "Transpose"):
+                break
+            turns += node.op_type == "Transpose"
+            name = node.input[0] if node.input else ""
+        return (name if name in self.stored else None), turns % 2 == 1
+
+    def _behind(self, name: str, kinds: tuple[str, ...]) -> str | None:
+        """The stored tensor that reaches a value through nodes of these kinds, by their first inputs."""
+        for _ in range(_DEEPEST):
+            node = self.makers.get(name)
+            if name in self.stored or node is None or node.op_type not in kinds:
+                break
+            name = node.input[0] if node.input else ""
+        return name if name in self.stored else None
 
     def _name_of_layer(self, node: Any, stored: str | None) -> str | None:
         """The weight's name: from the bias, else its own, else from the node, which torch names after the module."""
         biases = list(node.input[2:3])
-        for taker in self.takers.get(node.output[0], []):
+        for taker in self._takers_of(node):
             biases += [name for name in taker.input if name != node.output[0]] if taker.op_type == "Add" else []
         for bias in biases:
-            source, _ = self._stored_matrix(bias)
-            if source and _PARAMETER.match(source) and source.endswith(".bias"):
-                return f"{source.removesuffix('.bias')}.weight"
+            if _PARAMETER.match(bias) and bias.endswith(".bias"):
+                return f"{bias.removesuffix('.bias')}.weight"
         if stored and _PARAMETER.match(stored) and stored.endswith(".weight"):
             return stored
         name = f"{node.name.strip('/').removesuffix('/MatMul').replace('/', '.')}.weight"
         return name if stored and _PARAMETER.match(name) else None
 
+    def _positions(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The position table, where the export has cut it: the class token's entry, and patches that are resized."""
+        token = next((name for name in found if name.endswith("embeddings.cls_token")), None)
+        table = f"{token.removesuffix('cls_token')}position_embeddings" if token else ""
+        if token is None or table in found:
+            return {}
+        pairs = set()
+        for node in self.nodes:
+            if node.op_type == "Concat" and len(node.input) == 2:
+                first, rest = (self._behind(name, (*_PASSED_ON, *_RESIZED)) for name in node.input)
+                if first and rest and list(self.stored[first].dims) == [1, 1, found[token].size]:
+                    pairs.add((first, rest))
+        if len(pairs) != 1:
+            return {}
+        first, rest = (self._array(name) for name in pairs.pop())
+        dim = found[token].size
+        if rest.ndim == 4 and rest.shape[1] == dim != rest.shape[3]:
+            rest = rest.transpose(0, 2, 3, 1)
+        if rest.ndim not in (3, 4) or rest.shape[0] != 1 or rest.shape[-1] != dim:
+            raise UserError(f"{self.path}: the position table of shape {rest.shape} is not one of {dim} channels")
+        return {table: np.concatenate([first, rest.reshape(1, -1, dim)], axis=1)}
+
     def num_heads(self, tensors: Mapping[str, np.ndarray]) -> int | None:
         """From the shape that the first query is split into, whose last axis has the channels of a head."""
-        bias = next((n for n in tensors if re.search(r"\.0\.attention\.(attention\.query|q_proj)\.bias$", n)), "")
-        for node in self.takers.get(bias, []):
-            for taker in self.takers.get(node.output[0], []) if node.op_type in ("Add", "Gemm") else []:
-                channels = self._last_of_shape(taker.input[1]) if taker.op_type == "Reshape" else None
-                if channels and channels > 0 and tensors[bias].size % channels == 0:
-                    return tensors[bias].size // channels
+        query = next((name for name in self.products if _FIRST_QUERY.search(name)), "")
+        reached = [self.products[query]] if query else []
+        reached += [taker for node in reached for taker in self._takers_of(node) if taker.op_type == "Add"]
+        for taker in (taker for node in reached for taker in self._takers_of(node) if taker.op_type == "Reshape"):
+            channels, dim = self._last_of_shape(taker.input[1]), len(tensors[query])
+            if channels and channels > 0 and dim % channels == 0:
+                return dim // channels
         return None
+
+    def _takers_of(self, node: Any) -> list[Any]:
+        return [taker for output in node.output for taker in self.takers.get(output, [])]
 
     def _last_of_shape(self, name: str) -> int | None:
         node = self.makers.get(name)
