@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from experiments.gallery.page import Card
 
 _PRINTED, _DRAWN, _ON_PAGE = 10, 16, 100  # photos
-_K, _MOST_DRAWN = 10, 24  # images for each photo of the sheet
+_K, _MOST_DRAWN = 10, 8  # images for each photo: found by default, and drawn on the sheet with the photo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _draw(folder: Path, bank: Bank, hits: Sequence[Hits]) -> None:
     for number, one in enumerate(shown):
         name = readable_name(one.photo)
         first = Card(photos.get(number), "photo", name, marked=True)
-        sections.append(Section(readable_name(one.photo.name), name, [first, *_cards(bank, one, images)]))
+        sections.append(Section(title := readable_name(one.photo.name), title, [first, *_cards(bank, one, images)]))
     about = [f"{len(bank):,} images of {readable_name(bank.table)}, compared by cosine similarity", bank.about]
     if len(hits) > len(shown):
         about.append(f"The first {len(shown)} of {len(hits):,} photos; search.csv has all of them.")

@@ -23,12 +23,10 @@ class Groups(NamedTuple):
     Attributes:
         labels: lowest index in the group of each image. An image without a similar one is a group of its own.
         similarity: of each image to the most similar other one; -inf of a single image.
-        nearest: index of that image, the lowest of equals; -1 of a single image.
     """
 
     labels: Int[np.ndarray, " images"]
     similarity: Float[np.ndarray, " images"]
-    nearest: Int[np.ndarray, " images"]
 
 
 def similar_groups(
@@ -58,24 +56,24 @@ def similar_groups(
     check_finite(features)
     total = len(features)
     chunk = min(chunk, max(total, 1))
-    labels = np.arange(total)
-    similarity, nearest = np.full(total, -np.inf, np.float32), np.full(total, -1)
+    labels, similarity = np.arange(total), np.full(total, -np.inf, np.float32)
     for start in range(0, total, chunk):
         rows = _block(features, labels, start, chunk)
         for other in range(start, total, chunk):
             columns = _block(features, labels, other, chunk)
-            linked, *best = _compare(*rows, *columns, start, other, total, threshold - _ROUNDING)
+            linked, by_row, by_column = _compare(*rows, *columns, start, other, total, threshold - _ROUNDING)
+            linked = np.asarray(linked)
             if linked.any():
-                first, second = np.nonzero(np.asarray(linked))
+                first, second = np.nonzero(linked)
                 labels = _merge(labels, first + start, second + other)
                 rows = _block(features, labels, start, chunk)
-            found = [np.asarray(array) for array in best]
-            _keep_larger(similarity, nearest, start, other, *found[:2])
-            _keep_larger(similarity, nearest, other, start, *found[2:])
+            for place, found in ((start, by_row), (other, by_column)):
+                here = similarity[place : place + chunk]
+                np.maximum(here, np.asarray(found)[: len(here)], out=here)
             if progress:
                 sides = [min(chunk, total - place) for place in (start, other)]
                 progress(sides[0] * (sides[0] - 1) // 2 if start == other else sides[0] * sides[1])
-    return Groups(labels, similarity, nearest)
+    return Groups(labels, similarity)
 
 
 def _block(features: Array | np.ndarray, labels: np.ndarray, start: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +94,7 @@ def _compare(
     total: Array,
     threshold: Array,
 ) -> tuple[Array, ...]:
-    """Which pairs join two groups; then the most similar column of each row, and the most similar row of each column.
+    """Which pairs join two groups; then the largest similarity of each row, and of each column.
 
     Pairs within one group are left out, so that their number stays small where many images are alike.
     """
@@ -105,7 +103,7 @@ def _compare(
     pairs = (i[:, None] != j[None]) & (i < total)[:, None] & (j < total)[None]
     similarity = jnp.where(pairs, similarity, -jnp.inf)
     linked = (similarity >= threshold) & (row_labels[:, None] != column_labels[None])
-    return linked, similarity.max(1), similarity.argmax(1), similarity.max(0), similarity.argmax(0)
+    return linked, similarity.max(1), similarity.max(0)
 
 
 def _merge(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -116,14 +114,3 @@ def _merge(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndar
     lowest = np.full(total, total)
     np.minimum.at(lowest, component, np.arange(total))
     return lowest[component]
-
-
-def _keep_larger(
-    similarity: np.ndarray, nearest: np.ndarray, start: int, other: int, found: np.ndarray, place: np.ndarray
-) -> None:
-    """Updates the most similar image of those from `start` on; earlier ones, of lower indices, stay where they tie."""
-    here = slice(start, start + len(found))
-    count = len(similarity[here])
-    better = found[:count] > similarity[here]
-    similarity[here] = np.where(better, found[:count], similarity[here])
-    nearest[here] = np.where(better, place[:count] + other, nearest[here])

@@ -45,28 +45,41 @@ def save_sheet(path: Path, bands: Sequence[Band], *, title: str, note: str) -> N
         title: first line.
         note: second line.
     """
-    heads = [_HEADING if band.heading else 0 for band in bands]
-    heights = [head + -(-len(band.cells) // COLUMNS) * (_CELL + _TEXT + _GAP) for head, band in zip(heads, bands)]
-    width, height = 2 * _MARGIN + COLUMNS * (_CELL + _GAP) - _GAP, _TITLE + sum(heights) + _MARGIN
+    places, bottom = _places(bands)
+    width, height = 2 * _MARGIN + COLUMNS * (_CELL + _GAP) - _GAP, bottom + _MARGIN
     figure = Figure(figsize=(width, height), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))  # in inches, from the upper left corner
     axes.set_axis_off()
     axes.text(_MARGIN, 0.3, shorten(title, _LINE), fontsize=13, color=INK, va="center")
     axes.text(_MARGIN, 0.58, shorten(note, _LINE + 20), fontsize=9, color=MUTED, va="center")
-    top = _TITLE
-    for band, head, tall in zip(bands, heads, heights):
-        axes.text(
-            _MARGIN, top + 0.25, shorten(band.heading, _LINE), fontsize=10.5, color=INK, va="center", weight="bold"
-        )
+    for band, (top, first) in zip(bands, places):
+        left, head = _MARGIN + first * (_CELL + _GAP), _HEADING if band.heading else 0
+        heading = shorten(band.heading, _LINE if len(band.cells) >= COLUMNS else _LETTERS * len(band.cells))
+        axes.text(left, top + 0.25, heading, fontsize=10.5, color=INK, va="center", weight="bold")
         for place, cell in enumerate(band.cells):
             row, column = divmod(place, COLUMNS)
-            left = _MARGIN + column * (_CELL + _GAP)
-            _draw(axes, cell, left, top + head + row * (_CELL + _TEXT + _GAP))
-        top += tall
+            _draw(axes, cell, left + column * (_CELL + _GAP), top + head + row * (_CELL + _TEXT + _GAP))
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     axes.set_aspect("auto")
     save_figure(figure, path)
+
+
+def _places(bands: Sequence[Band]) -> tuple[list[tuple[float, int]], float]:
+    """The top of each band in inches, and its first column; then where the last one ends.
+
+    A band stands beside the one before it if both fit the row.
+    """
+    places: list[tuple[float, int]] = []
+    top, bottom, column = _TITLE, _TITLE, 0
+    for band in bands:
+        if column + len(band.cells) > COLUMNS:
+            top, column = bottom, 0
+        places.append((top, column))
+        rows = -(-len(band.cells) // COLUMNS)
+        bottom = max(bottom, top + (_HEADING if band.heading else 0) + rows * (_CELL + _TEXT + _GAP))
+        column += len(band.cells)
+    return places, bottom
 
 
 def _draw(axes: Axes, cell: Cell, left: float, top: float) -> None:

@@ -9,6 +9,7 @@ from experiments.gallery.thumbnails import Thumbnail, jpeg
 
 _SMALL = 96  # px of the longer side, below which an image is enlarged pixel by pixel
 _MOST_LINKS = 60
+_FEW = 3  # cards, with which sections stand side by side
 
 # The policy keeps a browser from loading anything, even if a name were not escaped.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -29,7 +30,10 @@ nav { display: flex; flex-wrap: wrap; gap: 8px; margin: 16px 0 0; }
 nav a { color: var(--accent); text-decoration: none; border: 1px solid var(--line); border-radius: 999px;
   padding: 2px 12px; background: var(--card); font-size: 13.5px; }
 nav a:hover, nav a:focus-visible { border-color: var(--accent); }
-section { margin-top: 30px; padding-top: 18px; border-top: 1px solid var(--line); scroll-margin-top: 8px; }
+main { display: flex; flex-wrap: wrap; column-gap: 28px; }
+section { flex: 1 1 100%; margin-top: 30px; padding-top: 18px; border-top: 1px solid var(--line);
+  scroll-margin-top: 8px; }
+section.few { flex: 0 1 auto; width: calc(var(--cards) * 180px); max-width: 100%; }
 ul { list-style: none; display: grid; grid-template-columns: repeat(auto-fill, minmax(152px, 1fr)); gap: 14px;
   padding: 0; margin: 12px 0 0; }
 li { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
@@ -104,7 +108,8 @@ def render_page(title: str, about: Sequence[str], sections: Sequence[Section]) -
 def _section(number: int, section: Section) -> str:
     note = f'<p class="note">{_text(section.note)}</p>\n' if section.note else ""
     cards = "\n".join(map(_card, section.cards))
-    return f'<section id="s{number}">\n<h2>{_text(section.heading)}</h2>\n{note}<ul>\n{cards}\n</ul>\n</section>'
+    few = f' class="few" style="--cards: {len(section.cards)}"' if 0 < len(section.cards) <= _FEW else ""
+    return f'<section id="s{number}"{few}>\n<h2>{_text(section.heading)}</h2>\n{note}<ul>\n{cards}\n</ul>\n</section>'
 
 
 def _card(card: Card) -> str:
@@ -119,8 +124,13 @@ def _card(card: Card) -> str:
     lines = "".join(f"<span>{_text(line)}</span>" for line in card.lines)
     return (
         f'<li{" class=marked" if card.marked else ""}><div class="tile">{picture}</div><div class="text">'
-        f'<b>{_text(card.heading)}</b><span class="name">{name}</span>{lines}</div></li>'
+        f'<b>{_text(card.heading)}</b><span class="name">{_breakable(name)}</span>{lines}</div></li>'
     )
+
+
+def _breakable(name: str) -> str:
+    """An escaped path that may be broken after its folders and words."""
+    return name.replace("/", "/<wbr>").replace("_", "_<wbr>")
 
 
 def _text(text: str) -> str:

@@ -72,12 +72,29 @@ def test_one_group_of_all_images_and_none_at_all(place, tmp_path):
     ]
 
 
+def test_whitened_features_tell_apart_what_shares_a_strong_direction(place, tmp_path):
+    """All images point nearly one way; two of them are also alike in the rest."""
+    model = dinojax.load(place / "model")
+    cls = 0.05 * np.random.default_rng(0).standard_normal((60, 8)).astype(np.float32)
+    cls[41] = cls[7] + 0.002
+    cls[:, 0] += 1
+    names, sizes = [f"{i}.png" for i in range(60)], np.ones((60, 2), np.int32)
+    embedded_images.write(tmp_path / "t.npz", place / "images", names, sizes, {"cls": cls}, model, place / "model")
+    given = {"table": tmp_path / "t.npz", "threshold": None}
+    plain, whitened = (
+        duplicates.run(config(place, **given, whiten=whiten, out=tmp_path / str(whiten))) for whiten in (False, True)
+    )
+    assert len(plain[0].images) > 10
+    assert [group.images for group in whitened] == [[7, 41]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--threshold", "0"], "--threshold 0.0 is not above 0 and up to 1"),
         (["--threshold", "1.5"], "--threshold 1.5 is not above 0 and up to 1"),
         (["--threshold", "nan"], "--threshold nan is not above 0 and up to 1"),
+        (["--whiten"], "--whiten needs 48 images or more, and"),
         (["--feature", "gem"], "holds no column 'gem'"),
         (["--out", "file"], "--out file is a file"),
     ],

@@ -8,7 +8,7 @@ from dinojax.retrieval import similar_groups
 
 
 def groups_by_loops(features, threshold):
-    """Lowest index of each image's group; similarity and index of the most similar other image."""
+    """Lowest index of each image's group, and its similarity to the most similar other image."""
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     parent = list(range(len(unit)))
 
@@ -17,18 +17,17 @@ def groups_by_loops(features, threshold):
             i = parent[i]
         return i
 
-    best, place = [-np.inf] * len(unit), [-1] * len(unit)
+    best = [-np.inf] * len(unit)
     for i in range(len(unit)):
         for j in range(len(unit)):
             if i == j:
                 continue
             similarity = float(unit[i] @ unit[j])
-            if similarity > best[i]:
-                best[i], place[i] = similarity, j
+            best[i] = max(best[i], similarity)
             if similarity >= threshold:
                 low, high = sorted((root(i), root(j)))
                 parent[high] = low
-    return [root(i) for i in range(len(unit))], best, place
+    return [root(i) for i in range(len(unit))], best
 
 
 def clustered(seed, images=60, centres=15, dim=8, noise=0.5):
@@ -44,11 +43,10 @@ def test_groups_are_those_of_union_find(chunk, threshold):
     sizes = set()
     for seed in range(4):
         features = clustered(seed)
-        labels, best, place = groups_by_loops(features, threshold)
+        labels, best = groups_by_loops(features, threshold)
         found = similar_groups(features.astype(np.float32), threshold, chunk=chunk)
         np.testing.assert_array_equal(found.labels, labels)
         np.testing.assert_allclose(found.similarity, best, atol=1e-6)
-        np.testing.assert_array_equal(found.nearest, place)
         sizes |= set(np.unique(labels, return_counts=True)[1])
     assert len(sizes) > 1  # lone images and others
 
@@ -77,7 +75,7 @@ def test_progress_counts_every_pair_once():
 
 def test_one_image_is_a_group_without_a_neighbour():
     found = similar_groups(np.ones((1, 3), np.float32), 0.9)
-    assert (found.labels, found.similarity, found.nearest) == ([0], [-np.inf], [-1])
+    assert (found.labels, found.similarity) == ([0], [-np.inf])
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -53,11 +53,11 @@ def test_names_are_text_and_nothing_else():
     assert not found.open  # every tag is closed, in order
     assert {tag for tag, _ in found.tags} == {
         "html", "head", "meta", "title", "style", "body", "header", "h1", "p", "nav", "a", "main", "section", "h2",
-        "ul", "li", "div", "img", "span", "b"}  # fmt: skip
+        "ul", "li", "div", "img", "span", "b", "wbr"}  # fmt: skip
     assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
-    for name in NAMES[:4]:
-        assert name in found.text
-    assert "caf\\udce9.jpg" in found.text and "two\N{REPLACEMENT CHARACTER}lines" in found.text
+    text = "".join(found.text)
+    for name in (*NAMES[:4], "caf\\udce9.jpg", "two\N{REPLACEMENT CHARACTER}lines"):
+        assert text.count(name) >= 4  # the name and a line of two cards
     page().encode("utf-8")
 
 
