@@ -43,15 +43,19 @@ def tokens(model, images) -> jax.Array:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_positions_of_hugging_face_equal_transformers_at_every_size(folders, kind):
+def test_positions_of_hugging_face_equal_transformers_at_every_size(folders, kind, record_difference):
     theirs, ours = random_model(kind), read_model(folders[kind], positions="huggingface")
     for size in SIZES:
         images = images_of(*size)
-        np.testing.assert_allclose(tokens(ours, images), outputs(theirs, images).last_hidden_state, rtol=0, atol=3e-5)
+        expected, found = outputs(theirs, images).last_hidden_state.numpy(), tokens(ours, images)
+        record_difference(
+            f"{type(theirs).__name__}, positions of huggingface", "tokens", np.abs(found - expected).max()
+        )
+        np.testing.assert_allclose(found, expected, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_positions_of_the_hub_are_upstream_s(folders, kind):
+def test_positions_of_the_hub_are_upstream_s(folders, kind, record_difference):
     """torch.hub's DINO and DINOv2 resize with +0.1, so away from the native size transformers differs."""
     ours = read_model(folders[kind])
     assert ours.config == read_model(folders[kind], positions="hub").config
@@ -61,6 +65,8 @@ def test_positions_of_the_hub_are_upstream_s(folders, kind):
         images = images_of(size, size)
         expected = outputs(random_model(kind), images).last_hidden_state.numpy()
         differences[size] = float(np.abs(tokens(ours, images) - expected).max())
+        title = f"{kind}, positions of the hub, {size} px (native: {NATIVE})"
+        record_difference(title, "tokens", differences[size])
     assert differences[NATIVE] < 3e-5
     assert differences[98] < 3e-5 if kind == "registers" else 3e-3 < differences[98] < 0.1
 

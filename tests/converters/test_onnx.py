@@ -67,7 +67,7 @@ def both(model, images):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_onnxruntime_computes_the_same(folders, tmp_path, capsys, name):
+def test_onnxruntime_computes_the_same(folders, tmp_path, capsys, name, record_difference):
     out = tmp_path / "deep/model.onnx"
     main([str(folders[name]), "--to", "onnx", "--out", str(out), "--size", "98", "--outputs", ",".join(OUTPUTS)])
     assert f'onnxruntime.InferenceSession("{out}")' in capsys.readouterr().out
@@ -83,6 +83,7 @@ def test_onnxruntime_computes_the_same(folders, tmp_path, capsys, name):
         }
         found = session.run(OUTPUTS, {"pixel_values": images.transpose(0, 3, 1, 2)})
         for key, array in zip(OUTPUTS, found):
+            record_difference(f"{name} as ONNX", key, np.abs(array - expected[key]).max())
             np.testing.assert_allclose(array, expected[key], rtol=0, atol=3e-5, err_msg=f"{key} of {count}")
 
 
