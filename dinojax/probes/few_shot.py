@@ -36,8 +36,15 @@ def few_shot(
     Raises:
         UserError: an unknown method, a class with fewer images than `shots`, or features that are not finite.
     """
-    options = {"num_classes": num_classes, "shots": shots, "seeds": seeds, "methods": methods}
-    predicted = few_shot_predictions(train_features, train_labels, test_features, **options)
+    predicted = few_shot_predictions(
+        train_features,
+        train_labels,
+        test_features,
+        num_classes=num_classes,
+        shots=shots,
+        seeds=seeds,
+        methods=methods,
+    )
     return {method: (classes == np.asarray(test_labels)[None]).mean(axis=1) for method, classes in predicted.items()}
 
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from dinojax.maps import PcaMap, upsample, value_range
-from experiments.figures.style import INK, MUTED, interpolation, save_figure, shorten
+from experiments.figures.style import INK, MUTED, interpolation, save_figure, shorten, shorten_middle
 
 _HEAT = "magma"
 _FEW = 4  # images whose panels are drawn larger
@@ -64,7 +64,12 @@ def save_attention(
 
 
 def _percent_range(low: float, high: float) -> str:
-    return f"{100 * max(low, 0):.2g}–{100 * high:.2g} %"
+    return f"{100 * low:.2g}–{100 * high:.2g} %" if low > high / 1000 else f"0–{100 * high:.2g} %"
+
+
+def _share(mask: Bool[np.ndarray, "rows columns"]) -> str:
+    share = 100 * mask.mean()
+    return "< 1 %" if 0 < share < 0.5 else f"{share:.0f} %"
 
 
 def save_masks(
@@ -91,7 +96,7 @@ def save_masks(
         for (name, color), mask in zip(_labels(len(kind)), kind):
             axes = next(sheet.axes)
             inside = upsample(mask, pixels.shape[0] // mask.shape[0])
-            _show(axes, _painted(pixels, inside, color), name, color, f"{100 * mask.mean():.0f} % kept")
+            _show(axes, _painted(pixels, inside, color), name, color, f"{_share(mask)} kept")
             if not mask.all():
                 axes.contour(inside, levels=[0.5], colors=[color], linewidths=1.2)
     save_figure(sheet.figure, path)
@@ -121,9 +126,9 @@ def save_pca(
     sheet = _sheet({"": 2 * len(images)}, aspect, title, note, group=2, side=side)
     for pixels, found, name in zip(images, maps, image_names):
         axes = next(sheet.axes)
-        _show(axes, pixels, shorten(name, _letters(axes)))
+        _show(axes, pixels, shorten_middle(name, _letters(axes)))
         axes = next(sheet.axes)
-        _show(axes, pixels, "PCA", MUTED, f"{100 * found.foreground.mean():.0f} % foreground")
+        _show(axes, pixels, "PCA", MUTED, f"{_share(found.foreground)} foreground")
         axes.imshow(found.rgb, extent=_extent(pixels.shape), interpolation="nearest")
     save_figure(sheet.figure, path)
 
@@ -161,17 +166,17 @@ def save_contact_sheet(path: Path, images: Sequence[SheetRow], *, title: str, no
     sheet = _sheet({"": 5 * len(images)}, aspect, title, note, group=5, side=_SMALL)
     for image in images:
         pixels, axes = image.pixels, next(sheet.axes)
-        _show(axes, pixels, shorten(image.name, _letters(axes)))
+        _show(axes, pixels, shorten_middle(image.name, _letters(axes)))
         axes, (low, high) = next(sheet.axes), value_range(image.attention)
         _show(axes, pixels, "attention", MUTED, _percent_range(low, high))
         _heat(axes, pixels.shape, image.attention, low, high)
         axes, inside = next(sheet.axes), upsample(image.mask, pixels.shape[0] // image.mask.shape[0])
-        _show(axes, _painted(pixels, inside, to_rgb(INK)), "mask", MUTED, f"{100 * image.mask.mean():.0f} % kept")
+        _show(axes, _painted(pixels, inside, to_rgb(INK)), "mask", MUTED, f"{_share(image.mask)} kept")
         axes = next(sheet.axes)
         _show(axes, pixels, "similarity", MUTED, f"min {image.similarity.min():.2f}")
         _heat(axes, pixels.shape, image.similarity, *_similarity_range(image.similarity))
         axes = next(sheet.axes)
-        _show(axes, pixels, "PCA", MUTED, f"{100 * image.pca.foreground.mean():.0f} % coloured")
+        _show(axes, pixels, "PCA", MUTED, f"{_share(image.pca.foreground)} coloured")
         axes.imshow(image.pca.rgb, extent=_extent(pixels.shape), interpolation="nearest")
     save_figure(sheet.figure, path)
 

@@ -24,6 +24,7 @@ from experiments.figures.style import (
     save_figure,
     set_title,
     shorten,
+    shorten_middle,
     style,
 )
 
@@ -72,11 +73,13 @@ def save_bars(
         axes.plot(x, train, "_", color=ORANGE, ms=9, mew=2, label="the same on training images" if place == 0 else None)
     style(axes, "", "%")
     axes.grid(visible=False, axis="x")
-    shown = [f"{_wrapped(titles[name])}\n{100 * metrics[name]['test']['accuracy']:.1f} %" for name in names]
+    shown = [f"{_wrapped(titles[name])}\n{100 * metrics[name]['test']['accuracy']:.1f} % correct" for name in names]
     axes.set_xticks(range(len(names)), shown)
     axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
+    training, *others = zip(*axes.get_legend_handles_labels())
+    handles, labels = zip(*others, training)
+    ncols = -(-len(handles) // 2)
+    figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9, labelcolor=INK)
     set_title(figure, title)
     save_figure(figure, path)
 
@@ -86,7 +89,7 @@ def save_confusion(
 ) -> None:
     """Draws the share of each true class (row) by predicted class (column).
 
-    Class names are shown for up to 30 classes, percentages for up to 12.
+    Class names are shown for up to 30 classes, percentages for up to 12. The colours end at the largest share.
     """
     classes = len(class_names)
     shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -94,11 +97,13 @@ def save_confusion(
     figure = Figure(figsize=(side + 0.9, side), layout="constrained", facecolor="white")
     axes = figure.subplots()
     # The square root keeps rare mistakes visible beside the diagonal.
-    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
-    bar = figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8, ticks=(0, 1, 5, 10, 25, 50, 75, 100))
+    top = max(float(shares.max()), 1.0)
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, top), interpolation="nearest")
+    ticks = [tick for tick in (0, 1, 5, 10, 25, 50, 75, 100) if tick <= top]
+    bar = figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8, ticks=ticks)
     bar.outline.set_visible(False)
     if classes <= _MOST_LABELLED:
-        names = [shorten(name, 18) for name in class_names]
+        names = [shorten_middle(name, 26 if classes <= _MOST_NUMBERED else 18) for name in class_names]
         turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
         axes.set_xticks(range(classes), names, **turned)
         axes.set_yticks(range(classes), names)
@@ -107,7 +112,7 @@ def save_confusion(
         axes.set_yticks([])
     if classes <= _MOST_NUMBERED:
         for i, j in np.argwhere(shares >= 0.5):
-            color = "white" if shares[i, j] > 35 else INK
+            color = "white" if shares[i, j] > 0.35 * top else INK
             axes.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=8, color=color)
     note = "" if classes <= _MOST_LABELLED else f" ({classes} classes, in order of their index)"
     axes.set_xlabel(f"predicted class{note}", color=INK)
@@ -180,7 +185,7 @@ def save_map(
     for index, name in enumerate(class_names):
         chosen = points[labels == index]
         color = colors(index) if few else colors(index / (len(class_names) - 1))
-        axes.scatter(*chosen.T, s=size, color=color, alpha=0.75, linewidths=0, label=shorten(name, 18))
+        axes.scatter(*chosen.T, s=size, color=color, alpha=0.75, linewidths=0, label=shorten_middle(name, 26))
     style(axes, *axis_labels)
     axes.tick_params(colors=MUTED)
     if few:
@@ -220,7 +225,7 @@ def save_classified(
     for (picture, bars), pixels, name, given in zip(panels, images, image_names, predictions):
         picture.imshow(pixels, interpolation=interpolation(pixels))
         picture.set_axis_off()
-        picture.set_title(shorten(name, 22), fontsize=9, color=INK)
+        picture.set_title(shorten_middle(name, 22), fontsize=9, color=INK)
         _draw_predictions(bars, given)
     set_title(figure, title)
     save_figure(figure, path)
@@ -233,7 +238,7 @@ def _draw_predictions(axes: Axes, given: Sequence[tuple[str, str, float]]) -> No
         axes.barh(row, 1, 0.78, color=GRID)
         axes.barh(row, np.nan_to_num(probability), 0.78, color=colors[name], alpha=0.55)
         percent = "" if np.isnan(probability) else f"{100 * probability:.0f} %"
-        axes.text(0.02, row, shorten(name, 22), va="center", fontsize=9, color=INK)
+        axes.text(0.02, row, shorten(name, 27), va="center", fontsize=9, color=INK)
         axes.text(0.98, row, percent, va="center", ha="right", fontsize=9, color=INK)
     axes.set_yticks(range(len(given)), [title for title, *_ in given])
     axes.tick_params(length=0, labelcolor=INK, labelsize=8)

@@ -22,6 +22,14 @@ def shorten(name: str, letters: int) -> str:
     return name if len(name) <= letters else name[: letters - 1] + "…"
 
 
+def shorten_middle(name: str, letters: int) -> str:
+    """`name`, or its beginning and its end, which tells numbered files apart: at most `letters` letters."""
+    if len(name) <= letters:
+        return name
+    end = (letters - 1) // 2
+    return f"{name[: letters - 1 - end]}…{name[len(name) - end :]}"
+
+
 def set_title(figure: Figure, text: str, size: float = 12) -> None:
     """Writes a title in the upper left corner; each of its lines takes up to two lines of the figure's width."""
     letters = int((figure.get_figwidth() - 0.2) / (_LETTER * size))

@@ -174,7 +174,7 @@ def _draw_confusion(folder: Path, metrics: Mapping[str, Any]) -> None:
     names = list(numbers["per_class_accuracy"])
     title = (
         f"{data['name']}, {metrics['mode']}: {100 * numbers['accuracy']:.1f} % of {numbers['images']:,} {split} images "
-        f"correct, {100 * numbers['balanced_accuracy']:.1f} % balanced over the classes"
+        f"correct (balanced: {100 * numbers['balanced_accuracy']:.1f} %)"
     )
     save_confusion(folder / CONFUSION, np.array(numbers["confusion"]), names, title=title)
 

@@ -180,7 +180,7 @@ def draw(
     save_bars(folder / "metrics.png", metrics, TITLES, **options)
     for name, one in metrics.items():
         note = f", {optimistic}" if one["selection"] == optimistic else ""
-        even = f", {100 * one['test']['balanced_accuracy']:.1f} % balanced over the classes" if balanced else ""
+        even = f" (balanced: {100 * one['test']['balanced_accuracy']:.1f} %)" if balanced else ""
         correct = f"{100 * one['test']['accuracy']:.1f} % of the {evaluated} images correct{even}"
         title = f"{TITLES[name]}{note}: {correct}\n{subject}"
         confusion = np.array(one["test"]["confusion"])

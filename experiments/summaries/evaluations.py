@@ -71,7 +71,7 @@ def overview(groups: Sequence[Group]) -> str:
     for one in groups:
         about, network = one.first.about, _main_network(one)
         images, parameters = about["images"], f"{about['parameters'] / 1e6:.1f} M"
-        numbers = [cell(_headline(one, network, probes)) for probes in _HEADLINES.values()]
+        numbers = [_headline(one, network, probes) for probes in _HEADLINES.values()]
         lines.append([
             _name(one), one.first.trained_on or "–", f"{images:,}" if images else "–", parameters,
             str(about["epochs"] or "–"), _compute(one), one.first.evaluated_on, *numbers,
@@ -80,7 +80,8 @@ def overview(groups: Sequence[Group]) -> str:
         lines.append([model, "ImageNet", f"{_IMAGENET:,}", parameters, epochs, compute, "ImageNet, 224 px",
                       f"{knn:.1f}", f"{linear:.1f}", "–"])  # fmt: skip
     note = (
-        "Accuracy in per cent of the test images: mean ± standard deviation (number of differently trained weights), "
+        "Accuracy in per cent of the test images, or of the validation images where the line says so: mean ± standard "
+        "deviation (number of differently trained weights), "
         "of the teacher's CLS tokens; k-NN with k = 20; linear is the best of 52 heads, which may also use mean "
         "patches, selected on held-out training images (where there is no such sweep, the single linear probe); 5-shot "
         f"is k-NN. Compute is that of one run. {_SOURCE}"
@@ -97,12 +98,14 @@ def _main_network(one: Group) -> str:
     return next(name for name in ("teacher", *networks) if name in networks)
 
 
-def _headline(one: Group, network: str, probes: str | Sequence[str]) -> np.ndarray | None:
+def _headline(one: Group, network: str, probes: str | Sequence[str]) -> str:
+    """The accuracy of the first of the probes that was evaluated, and the balanced one where classes are unlike."""
     for probe in [probes] if isinstance(probes, str) else probes:
         for features in ("chosen", "cls"):
-            if (network, features, probe) in one.values:
-                return one.values[network, features, probe]
-    return None
+            key = (network, features, probe)
+            if key in one.values:
+                return cell(one.values[key]) + (f", balanced {cell(one.balanced[key])}" if key in one.balanced else "")
+    return cell(None)
 
 
 def _compute(one: Group) -> str:

@@ -16,12 +16,14 @@ from safetensors.numpy import load_file
 
 import dinojax
 from dinojax import UserError, VisionTransformer, ViTConfig
+from experiments import evaluate, finetune_folder
 from experiments.cifar10_probe import Config, main, run
 from experiments.data.load import load_dataset
 from experiments.data.splits import Split
 from experiments.data.squares import load_square
 from experiments.data.views import augmented
 from experiments.features.backbones import load_backbone
+from experiments.runs.command_line import command_line
 from experiments.runs.settings import create, replace
 from experiments.summaries.results import read_runs
 
@@ -253,6 +255,9 @@ def test_random_weights_follow_the_seed_and_the_name():
     ("flags", "message"),
     [
         (["--data", "missing/folder"], "--data missing/folder: there is no such folder"),
+        (["cifar10"], "cifar10 and --data digits name different images; give one of them"),
+        (["--val-fraction", "0.2"], "--val-fraction 0.2: digits has test images already; leave the flag out"),
+        (["--val-fraction", "1"], "--val-fraction 1.0 is not above 0 and below 1"),
         (["--weights", "missing.pth"], "missing.pth: there is no such file or folder of weights"),
         (["--weights", "random:dino_vitx"], "'dino_vitx' is not one of dino_vitt16, "),
         (["--max-train", "5"], "--max-train 5 is fewer than one image for each of the 10 classes"),
@@ -276,6 +281,34 @@ def test_a_mistake_is_one_sentence_and_exit_code_two(config, capsys, flags, mess
     assert message in lines[0]
     assert not config.run.out.exists() and not config.run.cache_dir.exists()
     assert files(config.run.out.parent) == {"weights"}
+
+
+def test_the_images_are_given_first_or_as_data(tmp_path):
+    for given in (["digits"], ["--data", "digits"], ["digits", "--data", "digits"]):
+        assert command_line(Config, "probe", "", given).resolved().dataset.data == "digits"
+        assert command_line(evaluate.Config, "evaluate", "", ["model", *given]).resolved().dataset.data == "digits"
+        folder = command_line(finetune_folder.Config, "finetune", "", given).resolved().dataset.folder
+        assert folder == Path("digits")
+    assert command_line(Config, "probe", "", []).resolved().dataset.data == "cifar10"
+    assert create(Config).resolved().dataset.data == "cifar10"
+    for kind in (create(evaluate.Config, weights="model"), finetune_folder.Config()):
+        with pytest.raises(UserError, match="no images were given; name "):
+            kind.resolved()
+    same = command_line(Config, "probe", "", [str(tmp_path), "--data", f"{tmp_path}/"]).resolved()
+    assert same.dataset.data == str(tmp_path)
+
+
+def test_the_images_that_the_patch_does_not_divide_are_said(config, tmp_path, capsys):
+    """Of 18 px, four patches of 4 px are seen; features are those of images without the last 2 px."""
+    shape = ViTConfig(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+    model = VisionTransformer(shape, rngs=nnx.Rngs(0))
+    pixels = np.random.default_rng(0).random((1, 18, 18, 3), dtype=np.float32)
+    np.testing.assert_allclose(model(pixels).cls_token, model(pixels[:, :16, :16]).cls_token, atol=1e-6)
+    run(replace(config, image_size=18, classifiers="knn", max_train=40, figures=False))
+    note = "note: images of 18×18 px are not whole patches of 4 px: the model sees 16×16 px, and the rest"
+    assert note in capsys.readouterr().out
+    run(replace(config, classifiers="knn", max_train=40, figures=False))
+    assert "whole patches" not in capsys.readouterr().out
 
 
 def test_a_corrupt_image_stops_the_run_by_name_and_leaves_no_run_folder(config, tmp_path, capsys):

@@ -261,6 +261,7 @@ def test_a_run_folder_of_an_earlier_version_is_known(every_mode, place, tmp_path
     ("flags", "message"),
     [
         (["missing"], "missing: there is no such folder"),
+        (["DATA", "--data", "other"], "leaves and --data other name different images; give one of them"),
         (["DATA", "--epochs", "0"], "--epochs 0 is not a positive number"),
         (["DATA", "--resize", "8"], "--resize 8 is less than the 16 px that are cut out of it"),
         (["DATA", "--image-size", "2"], "--image-size 2 is smaller than one patch"),
@@ -282,14 +283,15 @@ def test_a_mistake_is_one_sentence_and_exit_code_two(place, tmp_path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_is_no_image_is_named(place, tmp_path, capsys):
+@pytest.mark.parametrize("mode", ["linear", "finetune"])
+def test_a_file_that_is_no_image_is_named(place, tmp_path, capsys, mode):
     leaves = tmp_path / "leaves"
     draw(leaves / "train", (3, 3, 3), seed=3)
     draw(leaves / "val", (2, 2, 2), seed=4)
     (leaves / "train" / "green" / "1.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit) as stop:
         finetune_folder.main(
-            [str(leaves), "--mode", "finetune", "--weights", str(place / "weights"), "--out", str(tmp_path / "out")]
+            [str(leaves), "--mode", mode, "--weights", str(place / "weights"), "--out", str(tmp_path / "out")]
         )
     assert stop.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from flax import nnx
+from matplotlib.figure import Figure
 from PIL import Image
 
 import dinojax
@@ -182,6 +183,14 @@ def test_evaluate_and_finetune_take_what_holds_a_network(place, tmp_path, capsys
     assert "predictions.csv" in text
 
 
+def test_a_tuned_model_is_the_one_in_the_folder_also_where_that_was_copied(place, tmp_path, capsys):
+    """classifiers.json holds the path at which the run was made."""
+    shutil.copytree(place / "tuning" / "lora", tmp_path / "copied")
+    found = load_backbone(str(tmp_path / "copied"), seed=0, cache_dir=None)
+    assert found.weights == str(tmp_path / "copied" / "model")
+    assert "holds a head alone" not in capsys.readouterr().out
+
+
 def test_a_backbone_that_changed_below_its_head_is_refused(place, tmp_path, capsys):
     shutil.copytree(place / "one mode", tmp_path / "run")
     shutil.copytree(place / "model", tmp_path / "kept")
@@ -194,6 +203,60 @@ def test_a_backbone_that_changed_below_its_head_is_refused(place, tmp_path, caps
         shutil.rmtree(place / "model")
         shutil.copytree(tmp_path / "kept", place / "model")
     assert "trained a head on" in text and "whose parameters have changed since" in text
+
+
+class CannotDrawError(Exception):
+    pass
+
+
+@pytest.fixture
+def no_figure(monkeypatch):
+    """Matplotlib that cannot write a figure."""
+
+    def fail(figure, path, **options):
+        raise CannotDrawError
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+
+
+def test_a_failing_figure_loses_no_result(place, tmp_path, no_figure, capsys):
+    data = [str(place / "images"), "--val-fraction", "0.4", "--cache-dir", str(place / "cache")]
+    image, folder = str(place / "images" / "red" / "0.png"), str(place / "pretraining")
+    weights, quick = ["--weights", str(place / "model")], ["--classifiers", "knn5"]
+    commands = {
+        "probe": (cifar10_probe.main, [*data, *weights, *quick, "--image-size", "16"], "k-NN, Euclidean"),
+        "evaluation": (evaluate.main, [folder, *data, *quick], "k-NN, Euclidean"),
+        "tuning": (finetune_folder.main, [*data, *weights, "--epochs", "1"], "| linear |"),
+        "predictions": (predict.main, [image, "--run", str(place / "probe")], "0.png"),
+        "maps": (visualize.main, [str(place / "model"), image, "--save-arrays"], ""),
+    }
+    expected = {
+        "probe": {"classifiers.json", "result.json", "metrics.json", "predictions_knn5.csv", "config.json"},
+        "evaluation": {"result.json", "config.json"},
+        "tuning": {"metrics.json", "results.md", "linear"},
+        "tuning/linear": {"metrics.json", "predictions.csv", "classifiers.json", "finetuned.safetensors"},
+        "predictions": {"predictions.csv", "config.json"},
+        "maps": {"0.npz", "config.json"},
+    }
+    for name, (main, arguments, shown) in commands.items():
+        capsys.readouterr()
+        with pytest.raises(CannotDrawError):
+            main([*arguments, "--out", str(tmp_path / name)])
+        assert shown in capsys.readouterr().out
+    for name, files in expected.items():
+        assert files <= {path.name for path in (tmp_path / name).iterdir()}, name
+        assert not list((tmp_path / name).glob("*.png"))
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_missing_figures_of_a_fine_tuning_are_drawn_by_the_same_command(place, tmp_path, monkeypatch, capsys):
+    data = [str(place / "images"), "--val-fraction", "0.4", "--cache-dir", str(place / "cache")]
+    shutil.copytree(place / "one mode", tmp_path / "run")
+    for figure in tmp_path.rglob("*.png"):
+        figure.unlink()
+    finetune_folder.main([*data, "--weights", str(place / "model"), "--epochs", "1", "--out", str(tmp_path / "run")])
+    assert "linear is finished" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.rglob("*.png")} == {"confusion.png", "curves.png"}
 
 
 def test_paths_in_titles_are_short():

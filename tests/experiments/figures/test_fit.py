@@ -8,7 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.data.splits import Split
-from experiments.figures import examples, results
+from experiments.figures import examples, maps, results
+from experiments.figures.style import shorten_middle
 from experiments.probing.pipeline import Row
 from experiments.probing.report import save_accuracies
 
@@ -49,6 +50,23 @@ def assert_everything_fits(figure):
 
 def numbers(value):
     return {**dict.fromkeys(KEYS, value), "interval": dict.fromkeys(KEYS, (value, value))}
+
+
+def test_numbered_files_stay_apart():
+    names = [f"a_photo_of_a_leaf_{i:04}.jpg" for i in range(3)]
+    shown = [shorten_middle(name, 16) for name in names]
+    assert shown == ["a_photo_…000.jpg", "a_photo_…001.jpg", "a_photo_…002.jpg"]
+    assert shorten_middle("short.jpg", 9) == "short.jpg"
+    assert all(len(shorten_middle(names[0], letters)) == letters for letters in range(3, 20))
+
+
+def test_small_shares_and_small_attention_are_short():
+    mask = np.zeros((20, 20), bool)
+    assert maps._share(mask) == "0 %"
+    mask[0, 0] = True
+    assert maps._share(mask) == "< 1 %"
+    assert maps._percent_range(0.00012, 0.0015) == "0.012–0.15 %"
+    assert maps._percent_range(1.9e-7, 0.0043) == "0–0.43 %"
 
 
 @pytest.mark.parametrize("classifiers", [1, 8])
