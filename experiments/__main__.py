@@ -22,6 +22,9 @@ COMMANDS = {
     "finetune": ("experiments.finetune_folder", "train a classifier on a folder of images"),
     "pretrain": ("experiments.pretrain", "train DINO from scratch on images without labels"),
     "summarize": ("experiments.summarize", "mean and deviation of several runs, as a table"),
+    "search": ("experiments.search", "the images of an embedding file that are most similar to a photo"),
+    "duplicates": ("experiments.duplicates", "groups of near-duplicates in an embedding file"),
+    "cluster": ("experiments.cluster", "clusters of the images of an embedding file"),
     "convert": ("converters.__main__", "convert weights from PyTorch, and back"),
     "demo": ("experiments.demo", "train DINO on handwritten digits in a minute, without a download"),
 }

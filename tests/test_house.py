@@ -83,6 +83,9 @@ def test_commands_never_import_each_other():
         ["-m", "experiments.stl10_transfer", "--help"],
         ["-m", "experiments.summarize", "--help"],
         ["-m", "converters", "--help"],
+        ["-m", "experiments.search", "--help"],
+        ["-m", "experiments.duplicates", "--help"],
+        ["-m", "experiments.cluster", "--help"],
     ],
     ids=" ".join,
 )
