@@ -76,6 +76,26 @@ def clip_by_tensor_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
 
 
+def scale_part(name: str, factor: Schedule) -> optax.GradientTransformation:
+    """Scales the updates of the sub-module `name` by `factor(step)`.
+
+    As the last transform, a factor of 0 freezes the sub-module, weight decay included, while its moments run.
+    """
+
+    def update(
+        updates: Any, state: optax.ScaleByScheduleState, params: Any = None
+    ) -> tuple[Any, optax.ScaleByScheduleState]:
+        now = factor(state.count)
+
+        def one(path: tuple[Any, ...], x: Array) -> Array:
+            return x * jnp.asarray(now, x.dtype) if names_of(path)[0] == name else x
+
+        count = optax.safe_increment(state.count)
+        return jax.tree_util.tree_map_with_path(one, updates), optax.ScaleByScheduleState(count)
+
+    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)
+
+
 def is_decayed(params: Any) -> Any:
     """A mask of the parameters with weight decay: all except biases and other vectors."""
     return jax.tree_util.tree_map_with_path(

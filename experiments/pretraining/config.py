@@ -7,7 +7,9 @@ from typing import Annotated
 
 import tyro
 
+from dinojax.models.vit import ViTConfig
 from dinojax.pretraining.augment import MultiCropConfig
+from experiments.pretraining.objective import MethodSettings, StartSettings
 from experiments.runs.settings import (
     BELOW_ONE,
     NOT_NEGATIVE,
@@ -75,7 +77,7 @@ class OptimizationSettings:
     batch_size: Annotated[int, POSITIVE] = 256
     """Images per step. An incomplete last batch of an epoch is dropped."""
     learning_rate: Annotated[float, POSITIVE] = 5e-4
-    """Peak learning rate for a batch of 256; it is scaled by batch_size / 256."""
+    """Peak learning rate for a batch of 256; it is scaled by batch_size / 256, or by its square root for DINOv2."""
     min_lr: Annotated[float, NOT_NEGATIVE] = 1e-6
     """Learning rate at the end of its cosine schedule."""
     warmup_epochs: int = 10
@@ -85,7 +87,7 @@ class OptimizationSettings:
     weight_decay_end: Annotated[float, NOT_NEGATIVE] = 0.4
     """Weight decay at the end of its cosine schedule."""
     clip_norm: Annotated[float, NOT_NEGATIVE] = 3.0
-    """Largest gradient norm of each parameter tensor. 0 turns clipping off."""
+    """Largest gradient norm of each parameter tensor, or for DINOv2 of backbone and heads. 0 turns clipping off."""
     freeze_last_layer: Annotated[int, NOT_NEGATIVE] = 1
     """Epochs during which the last layer is frozen."""
 
@@ -166,9 +168,14 @@ class ResumableRun(ResumableSettings):
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """DINO pretraining."""
+    """Pretraining by DINO or DINOv2.
+
+    `architecture` and `init_fingerprint` are those of the weights of `start.init`, see `experiments.pretraining.start`.
+    """
 
     dataset: Flags[ImageSettings]
+    objective: Flags[MethodSettings] = MethodSettings()
+    start: Flags[StartSettings] = StartSettings()
     model: Flags[NetworkSettings] = NetworkSettings()
     crops: MultiCropConfig = dataclasses.field(default_factory=MultiCropConfig)
     training: Flags[OptimizationSettings] = OptimizationSettings()
@@ -178,6 +185,8 @@ class PretrainConfig:
     run: Flags[ResumableRun] = ResumableRun()
     recipe: tyro.conf.Suppress[str] = ""
     command: tyro.conf.Suppress[str] = "dino"
+    architecture: tyro.conf.Suppress[tyro.conf.Fixed[ViTConfig | None]] = None
+    init_fingerprint: tyro.conf.Suppress[str] = ""
 
     @property
     def folder(self) -> Path:
@@ -209,6 +218,32 @@ class PretrainConfig:
         require(least >= model.patch_size, "patch_size", model.patch_size, f"at most the crops' {least} px")
         several = crops.global_crops + crops.local_crops > 1
         require(several, "crops.global_crops", crops.global_crops, "2 where there are no local crops")
+        self._check_start()
+        if self.objective.method == "dinov2":
+            self._check_dinov2()
+
+    def _check_start(self) -> None:
+        start, epochs = self.start, self.training.epochs
+        require(start.heads_warmup < epochs, "heads_warmup", start.heads_warmup, f"less than --epochs {epochs}")
+        require(start.stage is None or start.init is not None, "stage", start.stage, "possible without --init")
+        if self.start.init is None:
+            require(start.heads_warmup == 0, "heads_warmup", start.heads_warmup, "possible without --init")
+
+    def _check_dinov2(self) -> None:
+        crops, patch, objective = self.crops, self.model.patch_size, self.objective
+        require(crops.global_crops == 2, "crops.global_crops", crops.global_crops, "2, which DINOv2 needs")
+        for name in ("global_size", "local_size"):
+            size = getattr(crops, name)
+            require(size % patch == 0, f"crops.{name}", size, f"a multiple of the patch size {patch}")
+        least, most = objective.mask_ratio
+        require(0 <= least <= most <= 1, "mask_ratio", f"{least} {most}", "two rising shares from 0 to 1")
+        require(crops.global_size >= 2 * patch, "crops.global_size", crops.global_size, f"two patches of {patch} px")
+        part = self.training.batch_size // self.compute.accumulation_steps
+        require(part > 1 or objective.koleo_weight == 0, "batch_size", part, "2 or more in each part, for KoLeo")
+        chunk = self.compute.prototype_chunk
+        require(
+            chunk is None, "prototype_chunk", chunk, "possible with --method dinov2: only masked patches have logits"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,12 @@ from experiments.figures.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, save
 
 Records = Sequence[Mapping[str, Any]]
 
-_LOSSES = {"loss": BLUE, "teacher_entropy": ORANGE, "kl": GREEN}
+# Of DINO, whose loss is the sum of the first two, and of DINOv2; those that the log holds are drawn.
+_LOSSES = {"teacher_entropy": ORANGE, "kl": GREEN, "class_cross_entropy": BLUE, "class_entropy": ORANGE,
+           "patch_cross_entropy": GREEN, "patch_entropy": RED}  # fmt: skip
 _SCHEDULES = (("learning_rate", "weight_decay"), ("teacher_momentum", "teacher_temp"))
-_HEALTH = (("gradient_norm", "clipped_share"), ("feature_std", "center_norm"))
+_HEALTH = (("gradient_norm", "clipped_share"), ("feature_std", "center_norm"),
+           ("gradient_norm_backbone", "gradient_norm_dino_head"), ("koleo_loss", "masked_share"))  # fmt: skip
 _COLUMNS, _WIDTH, _HEIGHT, _TOP = 3, 4.33, 3.1, 0.4  # inches
 _WORDS = {"kl": "KL", "rank_me": "feature rank (RankMe)", "knn_accuracy": "k-NN on training images (%)"}
 
@@ -41,7 +44,8 @@ def draw_training_curves(log_records: Records, prototypes: int, *, title: str) -
     several = len(steps) > 1
     constant = [name for name in itertools.chain(*_SCHEDULES) if several and len({one[name] for one in steps}) == 1]
     schedules = [tuple(name for name in pair if name not in constant) for pair in _SCHEDULES]
-    drawn = [(steps, pair) for pair in (*filter(None, schedules), *_HEALTH)]
+    health = [pair for pair in _HEALTH if all(name in steps[0] for name in pair)]
+    drawn = [(steps, pair) for pair in (*filter(None, schedules), *health)]
     if evaluated:
         measured = tuple(name for name in ("knn_accuracy", "rank_me") if name in evaluated[0])
         drawn.append(([_in_percent(record) for record in evaluated], measured))
@@ -61,8 +65,10 @@ def draw_training_curves(log_records: Records, prototypes: int, *, title: str) -
 
 
 def _draw_losses(axes: Axes, records: Records, prototypes: int) -> None:
-    for name, color in _LOSSES.items():
-        _line(axes, records, name, color, label=_words(name))
+    losses = {"loss": BLUE, **_LOSSES} if "teacher_entropy" in records[0] else _LOSSES
+    for name, color in losses.items():
+        if name in records[0]:
+            _line(axes, records, name, color, label=_words(name))
     axes.axhline(log(prototypes), color=MUTED, lw=1, ls=":", label="log K (uniform)")
     style(axes, "epoch", "nats")
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)

@@ -22,6 +22,7 @@ from dinojax import save
 from dinojax.checkpoint import TrainingCheckpoints
 from dinojax.commands import answering_signals
 from dinojax.errors import UserError
+from dinojax.models.vit import VisionTransformer
 from dinojax.pretraining.step import TrainState
 from experiments.data.splits import Dataset
 from experiments.data.unlabelled import load_images
@@ -38,11 +39,12 @@ from experiments.pretraining.program import (
     preprocessing,
     vit_config,
 )
-from experiments.pretraining.reporter import WAY_BACK, Reporter
+from experiments.pretraining.reporter import WAY_BACK, Reporter, losses_in_words
+from experiments.pretraining.start import load_start
 from experiments.probing.after_training import evaluate_training, knn_accuracies
 from experiments.runs import records
 from experiments.runs.log import RunLog, read_log
-from experiments.runs.settings import flat
+from experiments.runs.settings import check_bounds, flat
 from experiments.runs.stop import Stop, StoppedError
 
 CHECKPOINTS, CURVES = "checkpoints", "curves.png"
@@ -57,6 +59,8 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         UserError: data or settings that cannot be used, a run folder of other settings, no sound checkpoint in it, or
             a loss that is not finite.
     """
+    check_bounds(config)
+    config, start = load_start(config)
     config.check()
     folder, data = config.folder, config.dataset
     dataset = load_images(data.data, data_dir=data.data_dir, max_train=data.max_train, max_test=data.max_test)
@@ -71,7 +75,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         if result.is_file() and (evaluation.is_file() or not evaluate):
             print(f"{folder} is finished: see {result}; name another --out or --seed to run again")
             return _result(folder)
-        if not result.is_file() and not _train(config, folder, dataset):
+        if not result.is_file() and not _train(config, folder, dataset, start):
             return PretrainResult(folder, None)
         if evaluate:
             evaluate_training(folder, folder / EVALUATION, dataset, data, config.run)
@@ -93,7 +97,7 @@ def _result(folder: Path) -> PretrainResult:
     return PretrainResult(folder, result["test_knn_accuracy"], result.get("rank_me"))
 
 
-def _train(config: PretrainConfig, folder: Path, dataset: Dataset) -> bool:
+def _train(config: PretrainConfig, folder: Path, dataset: Dataset, start: VisionTransformer | None) -> bool:
     """Whether the training came to its end, and left its result in the folder."""
     for note in dataset.notes:
         print(f"note: {note}")
@@ -101,7 +105,8 @@ def _train(config: PretrainConfig, folder: Path, dataset: Dataset) -> bool:
     if config.dataset.own_statistics:
         mean, std = own_statistics(images)
         config = dataclasses.replace(config, crops=dataclasses.replace(config.crops, mean=mean, std=std))
-    run = Run(config, folder, dataset, images, make_monitor(dataset, images, side, config.monitoring.knn_images))
+    monitor = make_monitor(dataset, images, side, config.monitoring.knn_images)
+    run = Run(config, folder, dataset, images, monitor, start)
     run.introduce()
     checkpoints = TrainingCheckpoints(folder / CHECKPOINTS, keep_newest=config.monitoring.keep)
     with checkpoints, Stop(config.monitoring.minutes) as stop:
@@ -129,10 +134,18 @@ class Ready(NamedTuple):
 class Run:
     """The settings, images and compiled program of a run, and its stages: introduce, train, finish."""
 
-    def __init__(self, config: PretrainConfig, folder: Path, dataset: Dataset, images: Images, monitor: Monitor):
+    def __init__(
+        self,
+        config: PretrainConfig,
+        folder: Path,
+        dataset: Dataset,
+        images: Images,
+        monitor: Monitor,
+        start: VisionTransformer | None,
+    ):
         self.config, self.folder, self.dataset, self.images, self.monitor = config, folder, dataset, images, monitor
         self.sampler = EpochSampler(len(images), config.training.batch_size, config.run.seed)
-        self.program: Program = make_program(config, self.sampler.steps_per_epoch)
+        self.program: Program = make_program(config, self.sampler.steps_per_epoch, start)
         self.embed: Embed = make_embed(self.program.backbone_graph, config)
         self.total_steps = config.training.epochs * self.sampler.steps_per_epoch
 
@@ -202,8 +215,10 @@ class Run:
     ) -> tuple[TrainState, int]:
         """The state after the last step or where the run was stopped, and the number of steps done."""
         monitoring, state, done, saved_at = self.config.monitoring, ready.state, ready.step, time.monotonic()
-        if ready.evaluation and not read_log(self.folder):
+        before = read_log(self.folder)
+        if ready.evaluation and not before:
             reporter.write({"step": 0, "epoch": 0, **ready.evaluation})
+        reporter.compare_with_start(before or read_log(self.folder))
         steps_per_epoch = self.sampler.steps_per_epoch
         for window in windows(done, self.config.training.epochs, steps_per_epoch, monitoring.log_every):
             parts = []
@@ -240,7 +255,8 @@ class Run:
     def finish(self, state: TrainState) -> None:
         """Writes the networks and the result; result.json comes last, and marks the run as finished."""
         config, first = self.config, answering_signals(self.program.init)
-        states = {"teacher": state.teacher, "student": state.student, "random_init": first.teacher}
+        first_name = "random_init" if config.start.init is None else "start"
+        states = {"teacher": state.teacher, "student": state.student, first_name: first.teacher}
         ranks = {name: self.monitor.rank(self.embed, one["backbone"]) for name, one in states.items()}
         models = {name: nnx.merge(self.program.backbone_graph, one["backbone"]) for name, one in states.items()}
         accuracies = None
@@ -257,6 +273,7 @@ class Run:
             "rank_me": ranks,
             "monitored_images": len(self.monitor.queries),
             "loss": last["loss"],
+            **{name: last[name] for name in ("class_cross_entropy", "patch_cross_entropy") if name in last},
             "uniform_loss": math.log(config.model.prototypes),
             "collapse": last.get("collapse"),
             "steps": self.total_steps,
@@ -278,18 +295,19 @@ class Run:
         print(
             f"feature rank (RankMe, at most {size}) on {result['monitored_images']:,} {where}: "
             + ", ".join(f"{name} {rank:.1f}" for name, rank in ranks.items())
-            + f"\nloss {result['loss']:.4f} (uniform: {result['uniform_loss']:.4f})\n{self.folder}"
+            + f"\n{losses_in_words(result)} (uniform: {result['uniform_loss']:.4f})\n{self.folder}"
         )
 
     @property
     def _source(self) -> dict[str, Any]:
         """The origin of the networks."""
         return {
-            "method": "DINO, trained by dinojax",
+            "method": f"{self._method}, trained by dinojax",
             "data": self.dataset.name,
             "images": len(self.images),
             "epochs": self.config.training.epochs,
             "seed": self.config.run.seed,
+            **({"init": self.config.start.init} if self.config.start.init else {}),
         }
 
     @property
@@ -298,8 +316,12 @@ class Run:
         return min(self.config.compute.steps_per_dispatch or default, self.config.monitoring.log_every)
 
     @property
+    def _method(self) -> str:
+        return {"dino": "DINO", "dinov2": "DINOv2"}[self.config.objective.method]
+
+    @property
     def _title(self) -> str:
-        return f"DINO on {self.dataset.name}: {len(self.images):,} images, seed {self.config.run.seed}"
+        return f"{self._method} on {self.dataset.name}: {len(self.images):,} images, seed {self.config.run.seed}"
 
     def _first_state(self, checkpoints: TrainingCheckpoints, bar: tqdm) -> tuple[TrainState, int, str | None]:
         """The state, step and collapse of the newest sound checkpoint, else of a new run."""

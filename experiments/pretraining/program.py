@@ -1,18 +1,33 @@
 """The networks, schedules, optimiser and compiled steps that the settings of a pretraining stand for."""
 
+import dataclasses
+import functools
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from dinojax import DINOHead, Preprocessing, VisionTransformer, ViTConfig
-from dinojax.pretraining.optim import dino_optimizer
+from dinojax.pretraining.dinov2_optim import dinov2_optimizer
+from dinojax.pretraining.dinov2_step import (
+    DINOv2,
+    DINOv2Objective,
+    init_dinov2_state,
+    make_dinov2_train_step,
+    with_masks,
+)
+from dinojax.pretraining.masking import BlockMasking
+from dinojax.pretraining.optim import dino_optimizer, scale_part
 from dinojax.pretraining.schedules import Schedule, cosine_schedule, teacher_temp_schedule
-from dinojax.pretraining.step import DINO, TrainState, init_state, make_pretrain_steps, make_train_step
+from dinojax.pretraining.step import DINO, TrainState, TrainStep, init_state, make_pretrain_steps, make_train_step
 from experiments.pretraining.config import PretrainConfig
 from experiments.runs.settings import resolve_dtype
+
+Networks = DINO | DINOv2
 
 
 class Program(NamedTuple):
@@ -23,63 +38,62 @@ class Program(NamedTuple):
     init: Callable[[], TrainState]
     """The state before the first step."""
     schedules: dict[str, Schedule]
-    """learning_rate, weight_decay, teacher_momentum, teacher_temp; by step."""
+    """learning_rate, weight_decay, teacher_momentum, teacher_temp and, where it changes, backbone_factor; by step."""
     backbone_graph: nnx.GraphDef
 
 
-def make_program(config: PretrainConfig, steps_per_epoch: int) -> Program:
-    """The program of these settings; nothing is computed yet."""
+def make_program(config: PretrainConfig, steps_per_epoch: int, start: VisionTransformer | None = None) -> Program:
+    """The program of these settings; nothing is computed yet.
+
+    Args:
+        config: completed by `experiments.pretraining.start.load_start`.
+        steps_per_epoch: number of batches in the training images.
+        start: the backbone that the training starts from; None draws one.
+    """
     schedules = make_schedules(config, steps_per_epoch)
-    optimizer = dino_optimizer(
-        schedules["learning_rate"],
-        schedules["weight_decay"],
-        clip_norm=config.training.clip_norm,
-        freeze_last_layer_steps=config.training.freeze_last_layer * steps_per_epoch,
-        frozen=("weight_g",) if config.model.norm_last_layer else (),
-    )
-    abstract = nnx.eval_shape(lambda: make_networks(config))
-    train_step = make_train_step(
-        abstract,
-        optimizer,
-        teacher_temp=schedules["teacher_temp"],
-        teacher_momentum=schedules["teacher_momentum"],
-        student_temp=config.distillation.student_temp,
-        center_momentum=config.distillation.center_momentum,
-        clip_norm=config.training.clip_norm,
-        compute_dtype=compute_dtype(config),
-        accumulation_steps=config.compute.accumulation_steps,
-        remat=config.compute.remat,
-        prototype_chunk=config.compute.prototype_chunk,
-    )
+    networks = nnx.eval_shape(lambda: make_networks(config))
+    optimizer = _optimizer(config, schedules, steps_per_epoch)
     _, draws = jax.random.split(jax.random.key(config.run.seed))
-    steps = make_pretrain_steps(train_step, config.crops, draws, drop_path=config.model.drop_path_rate > 0)
+    make_step = _dino_step if isinstance(networks, DINO) else _dinov2_step
+    steps = make_pretrain_steps(
+        make_step(config, networks, optimizer, schedules, draws),
+        config.crops,
+        draws,
+        drop_path=config.model.drop_path_rate > 0,
+    )
     return Program(
         steps=jax.jit(steps, donate_argnums=0),
-        init=jax.jit(lambda: init_state(make_networks(config), optimizer)),
+        init=_init(config, optimizer, start),
         schedules=schedules,
-        backbone_graph=nnx.graphdef(abstract.backbone),
+        backbone_graph=nnx.graphdef(networks.backbone),
     )
 
 
-def make_networks(config: PretrainConfig) -> DINO:
-    """Backbone and head, drawn from the seed."""
+def make_networks(config: PretrainConfig) -> Networks:
+    """Backbone and heads, drawn from the seed."""
     weights, _ = jax.random.split(jax.random.key(config.run.seed))
     rngs = nnx.Rngs(weights)
     backbone = VisionTransformer(vit_config(config), rngs=rngs, preprocessing=preprocessing(config))
-    head = DINOHead(
-        config.model.embed_dim,
-        config.model.prototypes,
-        hidden_dim=config.model.head_hidden_dim,
-        bottleneck_dim=config.model.bottleneck_dim,
-        norm_last_layer=config.model.norm_last_layer,
+    model, patch_prototypes = config.model, config.objective.patch_prototypes
+    dinov2 = config.objective.method == "dinov2"
+    head = functools.partial(
+        DINOHead,
+        model.embed_dim,
+        hidden_dim=model.head_hidden_dim,
+        bottleneck_dim=model.bottleneck_dim,
+        norm_last_layer=model.norm_last_layer and not dinov2,  # DINOv2 learns the lengths of its prototypes
         rngs=rngs,
     )
-    return DINO(backbone, head)
+    if not dinov2:
+        return DINO(backbone, head(model.prototypes))
+    return DINOv2(backbone, head(model.prototypes), head(patch_prototypes) if patch_prototypes else None)
 
 
 def vit_config(config: PretrainConfig) -> ViTConfig:
     """The architecture of the backbone."""
-    model = config.model
+    model, given = config.model, config.architecture
+    if given is not None:
+        return dataclasses.replace(given, drop_path_rate=model.drop_path_rate)
     return ViTConfig(
         img_size=config.crops.global_size,
         patch_size=model.patch_size,
@@ -87,6 +101,7 @@ def vit_config(config: PretrainConfig) -> ViTConfig:
         depth=model.depth,
         num_heads=model.num_heads,
         drop_path_rate=model.drop_path_rate,
+        family=config.objective.method,
     )
 
 
@@ -98,24 +113,127 @@ def preprocessing(config: PretrainConfig) -> Preprocessing:
 
 def make_schedules(config: PretrainConfig, steps_per_epoch: int) -> dict[str, Schedule]:
     """Schedules (step → value) by name."""
-    training, distillation = config.training, config.distillation
-    total = training.epochs * steps_per_epoch
-    return {
+    training, distillation, dinov2 = config.training, config.distillation, config.objective.method == "dinov2"
+    total, scale = training.epochs * steps_per_epoch, training.batch_size / 256
+    warmup_epochs = distillation.warmup_teacher_temp_epochs
+    temperatures = distillation.warmup_teacher_temp, distillation.teacher_temp
+    schedules = {
         "learning_rate": cosine_schedule(
-            training.learning_rate * training.batch_size / 256,
+            training.learning_rate * (math.sqrt(scale) if dinov2 else scale),
             training.min_lr,
             total,
             warmup_steps=training.warmup_epochs * steps_per_epoch,
         ),
         "weight_decay": cosine_schedule(training.weight_decay, training.weight_decay_end, total),
         "teacher_momentum": cosine_schedule(distillation.teacher_momentum, distillation.teacher_momentum_end, total),
-        "teacher_temp": teacher_temp_schedule(
-            distillation.warmup_teacher_temp,
-            distillation.teacher_temp,
-            warmup_epochs=distillation.warmup_teacher_temp_epochs,
-            steps_per_epoch=steps_per_epoch,
+        "teacher_temp": (
+            _rising(*temperatures, warmup_epochs * steps_per_epoch, total)
+            if dinov2
+            else teacher_temp_schedule(*temperatures, warmup_epochs=warmup_epochs, steps_per_epoch=steps_per_epoch)
         ),
     }
+    if config.start.heads_warmup:
+        frozen = config.start.heads_warmup * steps_per_epoch
+        rising = max(training.warmup_epochs * steps_per_epoch, 1)
+        schedules["backbone_factor"] = lambda step: jnp.clip((jnp.asarray(step, float) - frozen + 1) / rising, 0, 1)
+    return schedules
+
+
+def _rising(first: float, last: float, steps: int, total: int) -> Schedule:
+    """DINOv2's temperature, which moves in every step of the warm-up, and then stays."""
+    return cosine_schedule(last, last, max(total, steps), warmup_steps=steps, start_value=first)
+
+
+def _optimizer(
+    config: PretrainConfig, schedules: dict[str, Schedule], steps_per_epoch: int
+) -> optax.GradientTransformation:
+    training, objective = config.training, config.objective
+    common = {
+        "clip_norm": training.clip_norm,
+        "freeze_last_layer_steps": training.freeze_last_layer * steps_per_epoch,
+    }
+    rates = schedules["learning_rate"], schedules["weight_decay"]
+    if objective.method == "dino":
+        optimizer = dino_optimizer(*rates, **common, frozen=("weight_g",) if config.model.norm_last_layer else ())
+    else:
+        factors = {"layer_decay": objective.layer_decay, "patch_embed_factor": objective.patch_embed_factor}
+        optimizer = dinov2_optimizer(*rates, **common, **factors)
+    if "backbone_factor" not in schedules:
+        return optimizer
+    return optax.chain(optimizer, scale_part("backbone", schedules["backbone_factor"]))
+
+
+def _common(config: PretrainConfig, schedules: dict[str, Schedule]) -> dict[str, Any]:
+    """The arguments that both steps take."""
+    return {
+        "teacher_temp": schedules["teacher_temp"],
+        "teacher_momentum": schedules["teacher_momentum"],
+        "compute_dtype": compute_dtype(config),
+        "accumulation_steps": config.compute.accumulation_steps,
+        "remat": config.compute.remat,
+    }
+
+
+def _dino_step(
+    config: PretrainConfig,
+    networks: DINO,
+    optimizer: optax.GradientTransformation,
+    schedules: dict[str, Schedule],
+    _: jax.Array,
+) -> TrainStep:
+    return make_train_step(
+        networks,
+        optimizer,
+        **_common(config, schedules),
+        student_temp=config.distillation.student_temp,
+        center_momentum=config.distillation.center_momentum,
+        clip_norm=config.training.clip_norm,
+        prototype_chunk=config.compute.prototype_chunk,
+    )
+
+
+def _dinov2_step(
+    config: PretrainConfig,
+    networks: DINOv2,
+    optimizer: optax.GradientTransformation,
+    schedules: dict[str, Schedule],
+    draws: jax.Array,
+) -> TrainStep:
+    objective, side = config.objective, config.crops.global_size // config.model.patch_size
+    masking = BlockMasking(
+        side, side, mask_sample_probability=objective.mask_probability, mask_ratio_min_max=objective.mask_ratio
+    )
+    images = 2 * config.training.batch_size
+    step = make_dinov2_train_step(
+        networks,
+        optimizer,
+        **_common(config, schedules),
+        most_masked=masking.most_masked(images, images // config.compute.accumulation_steps),
+        objective=DINOv2Objective(
+            centering=objective.centering,
+            koleo_loss_weight=objective.koleo_weight,
+            ibot_loss_weight=objective.ibot_weight,
+            student_temp=config.distillation.student_temp,
+            center_momentum=config.distillation.center_momentum,
+        ),
+    )
+    return with_masks(step, masking, jax.random.fold_in(draws, 2))
+
+
+def _init(
+    config: PretrainConfig, optimizer: optax.GradientTransformation, start: VisionTransformer | None
+) -> Callable[[], TrainState]:
+    of_networks = init_state if config.objective.method == "dino" else init_dinov2_state
+    if start is None:
+        return jax.jit(lambda: of_networks(make_networks(config), optimizer))
+
+    @jax.jit
+    def init(backbone: Any) -> TrainState:
+        networks = make_networks(config)
+        nnx.update(networks.backbone, backbone)
+        return of_networks(networks, optimizer)
+
+    return functools.partial(init, nnx.state(start, nnx.Param))
 
 
 def compute_dtype(config: PretrainConfig) -> jnp.dtype | None:

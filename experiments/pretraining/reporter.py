@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dinojax.errors import UserError
-from dinojax.pretraining.monitors import diagnose_collapse
+from dinojax.pretraining.monitors import diagnose_collapse, diagnose_dinov2_collapse
 from dinojax.pretraining.schedules import Schedule
 from experiments.pretraining.config import PretrainConfig
 from experiments.pretraining.data import Window
@@ -42,6 +42,13 @@ class Reporter:
         self.collapse = collapse
         self._since = time.monotonic()
         self._shown: dict[str, str] = {}
+        self._start: Mapping[str, float] = {}
+        self._lost = False
+
+    def compare_with_start(self, log: Sequence[Mapping[str, Any]]) -> None:
+        """From now on, says at once if an evaluation is worse than the one before the first step, with `--init`."""
+        if self._config.start.init is not None:
+            self._start = next((record for record in log if record["step"] == 0), {})
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes an evaluation to the log and the progress bar."""
@@ -50,7 +57,23 @@ class Reporter:
             self._shown["knn"] = f"{100 * record['knn_accuracy']:.1f}%"
         else:
             self._shown["rank"] = f"{record['rank_me']:.1f}"
+        self._say_what_is_lost(record)
         self._since = time.monotonic()
+
+    def _say_what_is_lost(self, record: Mapping[str, Any]) -> None:
+        """A note, once until it is made up for, where an evaluation lost more than `--most-lost` of the start's."""
+        name = next((one for one in ("knn_accuracy", "rank_me") if one in record and one in self._start), None)
+        if name is None:
+            return
+        first, now, scale = self._start[name], record[name], {"knn_accuracy": 100.0, "rank_me": 1.0}[name]
+        lost = now < (1 - self._config.start.most_lost) * first
+        if lost and not self._lost:
+            what = {"knn_accuracy": "k-NN accuracy in %", "rank_me": "feature rank"}[name]
+            self._bar.write(
+                f"note: the {what} has fallen from {scale * first:.1f} at the start to {scale * now:.1f} in epoch "
+                f"{record['epoch']}; lower --learning-rate, or raise --teacher-momentum or --heads-warmup"
+            )
+        self._lost = lost
 
     def report_last(self) -> None:
         """Waits for the window in `last`, if there is one, and writes its metrics.
@@ -88,10 +111,22 @@ class Reporter:
         self._bar.update((window.stop - window.start) * config.training.batch_size)
 
     def _diagnose_collapse(self, means: dict[str, float]) -> None:
-        sentence = diagnose_collapse(means["loss"], means["feature_std"], self._config.model.prototypes)
+        prototypes = self._config.model.prototypes
+        if self._config.objective.method == "dinov2":
+            patch_prototypes = self._config.objective.patch_prototypes or prototypes
+            sentence = diagnose_dinov2_collapse(means, prototypes, patch_prototypes)
+        else:
+            sentence = diagnose_collapse(means["loss"], means["feature_std"], prototypes)
         if sentence and not self.collapse:
             self._bar.write(f"note: {sentence}")
         self.collapse = sentence
+
+
+def losses_in_words(record: Mapping[str, Any]) -> str:
+    """The losses whose largest useful value is log K: of class tokens and, for DINOv2, of masked patches."""
+    if "class_cross_entropy" not in record:
+        return f"loss {record['loss']:.4f}"
+    return f"loss of class tokens {record['class_cross_entropy']:.4f}, of patches {record['patch_cross_entropy']:.4f}"
 
 
 def _means(parts: Sequence[tuple[dict[str, jax.Array], int]]) -> dict[str, float]:

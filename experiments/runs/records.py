@@ -19,7 +19,7 @@ from typing import Any
 from dinojax.documents import read_document, write_document
 from dinojax.errors import UserError
 from experiments.runs.lock import LOCK_FILE, RunLock
-from experiments.runs.settings import flat, unimportant
+from experiments.runs.settings import defaults, flat, unimportant
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CONFIG_FILE, DATA_FILE, METRICS_FILE, RESULT_FILE = "config.json", "data.json", "metrics.json", "result.json"
@@ -139,6 +139,8 @@ def _holdings(folder: Path) -> set[str]:
 
 def _check_settings(folder: Path, config: Any) -> None:
     stored = with_new_names(read_document(folder / CONFIG_FILE, remedy=f"remove {folder} or name another --out"))
+    # Earlier versions did without some settings: they did as their defaults say.
+    stored = json.loads(json.dumps(defaults(type(config)), default=str)) | stored
     asked = json.loads(json.dumps(flat(config), default=str))
     may_differ = unimportant(type(config))
     for name in asked:

@@ -166,6 +166,20 @@ def flat(config: Any) -> dict[str, Any]:
     return found
 
 
+def defaults(kind: type) -> dict[str, Any]:
+    """Flat name → default value of the settings that have one."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        made = field.default_factory is not dataclasses.MISSING
+        value = field.default_factory() if made else field.default
+        if group_of(kind, field.name):
+            group = group_of(kind, field.name)
+            found |= defaults(group) if value is dataclasses.MISSING else flat(value)
+        elif value is not dataclasses.MISSING:
+            found[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return found
+
+
 def unimportant(kind: type) -> set[str]:
     """Flat names of the settings under whose other values an interrupted run resumes."""
     found: set[str] = set()
