@@ -32,7 +32,7 @@ import tyro
 
 from dinojax.commands import exit_on_user_error
 from dinojax.errors import UserError
-from experiments.features.backbones import load_backbone
+from experiments.features.backbones import is_random, load_backbone
 from experiments.runs.command_line import command_line
 from experiments.runs.settings import (
     POSITIVE,
@@ -76,8 +76,20 @@ class RowSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class EmbeddingModel(BackboneSettings):
+    """The model, and how it computes features."""
+
+    batch_size: Annotated[int | None, POSITIVE] = None
+    """Images per forward pass. None takes as many as fit the cache of a CPU, or 128 on a GPU or TPU; fewer where
+    --dense makes large maps."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TableFile(RunSettings):
-    """The random seed, and the files that are written to."""
+    """The files that are written to, and the random seed."""
+
+    seed: int = 0
+    """Random seed of random weights."""
 
     out: Annotated[Path, UNIMPORTANT, tyro.conf.arg(metavar="FILE")] = dataclasses.field()
     """File of the table, which ends with .parquet, .npz or .safetensors; .parquet is added to a name without a suffix.
@@ -91,7 +103,7 @@ class Config:
     files: Flags[ImageFiles]
     run: Flags[TableFile]
     rows: Flags[RowSettings] = RowSettings()
-    model: Flags[BackboneSettings] = BackboneSettings()
+    model: Flags[EmbeddingModel] = EmbeddingModel()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,12 +175,16 @@ def _check(config: Config) -> Path:
 def _plan(config: Config) -> tuple["Plan", int]:
     """What is computed, and the patch size of the model."""
     from experiments.embedding import pipeline
-    from experiments.features.extractor import FeatureExtractor, check_image_size
+    from experiments.features.extractor import FeatureExtractor, check_image_size, seen_size
 
     settings, rows = config.model, config.rows
     backbone = load_backbone(settings.weights, seed=config.run.seed, cache_dir=config.run.cache_dir)
     model, size = backbone.model, settings.image_size or backbone.image_size
     check_image_size(model, size)
+    if cut := seen_size(model, size):
+        print(f"note: {cut}")
+    if is_random(settings.weights):
+        print("UNTRAINED: these weights are random; the features show what the architecture alone gives", flush=True)
     if rows.layers > model.config.depth:
         raise UserError(f"--layers {rows.layers} is more than the {model.config.depth} blocks of {settings.weights}")
     grid = (size // model.config.patch_size,) * 2

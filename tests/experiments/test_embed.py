@@ -173,12 +173,11 @@ def test_warm_and_cold_caches_give_the_same_file(weights, photos, tmp_path, caps
 
 def test_a_changed_or_new_photo_is_computed_again(weights, photos, tmp_path):
     make(weights, [photos], tmp_path / "out")
-    save(photos / "z.png", (20, 31), seed=77)
-    save(photos / "a" / "new.png", (20, 20), seed=78)
-    make(weights, [photos], tmp_path / "out")
-    table = read_table(tmp_path / "out")
-    for row in (4, 5):
-        expected = by_hand(weights, photos / table.paths[row])[0][0]
+    for seed, name in enumerate(("z.png", "a/new.png")):
+        save(photos / name, (20, 31), seed=77 + seed)
+        table = read_table(make(weights, [photos], tmp_path / "out").file)
+        row = table.paths.index(name)
+        expected = by_hand(weights, photos / name)[0][0]
         np.testing.assert_allclose(table.arrays["cls"][row], expected, atol=1e-6, rtol=0)
     assert table.paths[4:] == ("a/new.png", "z.png")
 
@@ -206,6 +205,23 @@ def test_patch_maps_of_many_blocks_are_in_order(weights, tmp_path, monkeypatch):
     for row, name in enumerate(table.paths):
         patches = by_hand(weights, tmp_path / "photos" / name)[1]
         np.testing.assert_allclose(table.arrays["dense"][row].reshape(16, 24), patches, atol=2e-3, rtol=1e-3)
+
+
+def test_blocks_that_an_error_leaves_are_used_under_the_same_settings_alone(weights, tmp_path, monkeypatch):
+    from experiments.embedding import pipeline
+
+    monkeypatch.setattr(pipeline, "_BLOCK_BYTES", 2 * 16 * 24)
+    for i in range(4):
+        save(tmp_path / "photos" / f"{i}.png", (16, 16), seed=i)
+    (tmp_path / "photos" / "4.png").write_text("no image")
+    with pytest.raises(UserError, match=r"4\.png is not a readable image"):
+        make(weights, [tmp_path / "photos"], tmp_path / "out", dense=True, strict=True)
+    assert len(list((tmp_path / ".out.parquet.partial").glob("*.safetensors"))) >= 2
+    table = read_table(make(weights, [tmp_path / "photos"], tmp_path / "out", dense=True, layers=2).file)
+    for row, name in enumerate(table.paths):
+        cls = by_hand(weights, tmp_path / "photos" / name)[0]
+        np.testing.assert_allclose(table.arrays["cls_2"][row], cls[1], atol=1e-6, rtol=0)
+    assert len(table) == 4 and not list(tmp_path.glob(".*"))
 
 
 def test_patch_maps_that_the_disk_has_no_room_for_are_refused(weights, photos, tmp_path, monkeypatch):

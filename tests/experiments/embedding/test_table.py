@@ -98,6 +98,8 @@ def test_other_libraries_read_the_files(tmp_path):
         for name in NAMES:
             np.testing.assert_array_equal(npz[name], table.arrays[name])
         assert json.loads(str(npz["dinojax"]))["root"] == "/photos"
+    with zipfile.ZipFile(tmp_path / "t.npz") as archive:  # equal tables are equal files, whenever they are written
+        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     tensors = load_file(tmp_path / "t.safetensors")
     assert tensors.pop(PATHS).tobytes().decode().split("\0")[:-1] == list(table.paths)
     np.testing.assert_array_equal(tensors.pop(SIZES), table.sizes)
