@@ -251,6 +251,16 @@ def test_random_weights_follow_the_seed_and_the_name():
     assert (leaves[0] == leaves[1]).all() and not (leaves[0] == leaves[2]).all()
 
 
+def test_without_a_network_the_model_in_the_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("DINOJAX_WEIGHTS_URL", "http://127.0.0.1:9")  # a port that nothing listens on
+    advice = (
+        r"its download failed: .*; dinojax_vitt comes with the package and needs no network \(--weights dinojax_vitt\)"
+    )
+    with pytest.raises(UserError, match=advice):
+        load_backbone("dino_vits8", seed=0, cache_dir=tmp_path)
+    assert load_backbone("dinojax_vitt", seed=0, cache_dir=tmp_path).image_size == 32
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
