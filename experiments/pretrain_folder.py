@@ -1,12 +1,14 @@
-"""DINO from scratch on a folder of images: any sizes, at any depth, without labels.
+"""DINO or DINOv2 on a folder of images, from scratch or from given weights: any sizes, at any depth, without labels.
 
     python -m experiments.pretrain_folder path/to/images                 a recipe that follows from the images' size
     python -m experiments.pretrain_folder path/to/images smoke           minutes on two cores: does it work?
-    python -m experiments.pretrain_folder path/to/images small64 --epochs 100 --batch-size 64
+    python -m experiments.pretrain_folder path/to/images small64 --epochs 100 --method dinov2
+    python -m experiments.pretrain_folder path/to/images --init dinov2_vits14 --method dinov2
 
 The recipe is small32 for images below 64 px, small64 below 128 px, and reported (crops of 128 px) for larger ones; the
-median of the shorter sides decides. Images of several sizes are stored as squares of --image-size. `FOLDER RECIPE
---help` lists all settings.
+median of the shorter sides decides. With --init, the pretraining of these weights is continued: first their new heads
+learn alone, then everything at a low rate. A note says if k-NN accuracy or feature rank falls below that of the start.
+Images of several sizes are stored as squares of --image-size. `FOLDER RECIPE --help` lists all settings.
 
 Labels are read if the folder holds train/<class>/… and test/<class>/…; then k-NN and the final evaluation use them.
 From any other folder, 5 % of the images (32 to 2,000) are held out, and the rank of their features (RankMe) is
@@ -22,7 +24,7 @@ from dinojax.commands import exit_on_user_error
 from dinojax.errors import UserError
 from experiments.pretraining.command import run, run_recipe
 from experiments.pretraining.config import PretrainConfig as Config
-from experiments.pretraining.recipes import general_recipes, recipe_for
+from experiments.pretraining.recipes import CONTINUED, general_recipes, recipe_for
 from experiments.runs.settings import REQUIRED
 
 __all__ = ["Config", "main", "run"]
@@ -42,7 +44,8 @@ def main(args: Sequence[str] | None = None) -> None:
             if not Path(folder).expanduser().is_dir():
                 raise UserError(f"{folder}: there is no such folder; name the folder of images first, then the recipe")
             if not words or words[0].startswith("-"):
-                words.insert(0, _suggested(Path(folder).expanduser()))
+                continued = any(word.partition("=")[0] == "--init" for word in words)
+                words.insert(0, CONTINUED if continued else _suggested(Path(folder).expanduser()))
             recipes = general_recipes(_command(folder), folder)
     run_recipe("experiments.pretrain_folder FOLDER", recipes, __doc__, words)
 

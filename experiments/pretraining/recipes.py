@@ -5,10 +5,13 @@ from typing import Literal
 
 from dinojax.pretraining.augment import MultiCropConfig
 from experiments.pretraining.config import PretrainConfig
-from experiments.runs.settings import create, replace
+from experiments.runs.settings import REQUIRED, create, replace
 
 # Shares of the image that global and local crops cover, by the size of the images.
 _SCALES = {32: ((0.7, 1.0), (0.2, 0.5)), 64: ((0.5, 1.0), (0.2, 0.4))}
+
+
+CONTINUED = "continued"
 
 
 def recipes(command: str, data: str, image_size: Literal[32, 64]) -> dict[str, PretrainConfig]:
@@ -62,7 +65,7 @@ def recipes(command: str, data: str, image_size: Literal[32, 64]) -> dict[str, P
 
 
 def general_recipes(command: str, data: str) -> dict[str, PretrainConfig]:
-    """The recipes small32, small64, reported, notebook, smoke and cpu, for images of any size, by name.
+    """The recipes small32, small64, reported, notebook, smoke, cpu and continued, for images of any size, by name.
 
     Args:
         command: the command's name, which names the run folder.
@@ -71,7 +74,29 @@ def general_recipes(command: str, data: str) -> dict[str, PretrainConfig]:
     at_32, at_64 = (recipes(command, data, image_size=size) for size in (32, 64))
     small = {f"small{size}": found["small"] for size, found in ((32, at_32), (64, at_64))}
     named = {name: replace(config, recipe=name) for name, config in small.items()}
-    return named | {name: recipe for name, recipe in at_32.items() if name != "small"}
+    others = {name: recipe for name, recipe in at_32.items() if name != "small"}
+    return named | others | {CONTINUED: _continued(command, data)}
+
+
+def _continued(command: str, data: str) -> PretrainConfig:
+    """The pretraining of given weights on other images, gently: few epochs, a low rate, a slow teacher."""
+    return create(
+        PretrainConfig,
+        data=data,
+        init=REQUIRED,
+        heads_warmup=1,
+        crops=MultiCropConfig(global_size=224, local_size=98, global_scale=(0.32, 1.0), local_scale=(0.05, 0.32)),
+        prototypes=4_096,
+        epochs=10,
+        batch_size=64,
+        learning_rate=1e-4,
+        warmup_epochs=1,
+        weight_decay_end=0.04,
+        teacher_momentum=0.998,
+        knn_every=1,
+        command=command,
+        recipe=CONTINUED,
+    )
 
 
 def recipe_for(side: int) -> str:
@@ -132,5 +157,6 @@ def describe(config: PretrainConfig) -> str:
         "reported": f"ViT-Tiny as reported for these data sets: {sizes}, 65536 prototypes, 300 epochs",
         "notebook": "As reported, but with two local crops, and constant teacher momentum and weight decay",
         "smoke": "A check that training works: two blocks, 2,000 images, 200 steps; minutes on two CPU cores",
+        CONTINUED: "Given weights (--init) trained on, gently: crops of 224 px, heads warmed up first, 10 epochs",
         "cpu": f"A small transformer of four blocks: {sizes}, 8 epochs; an hour or two on two CPU cores",
     }[config.recipe.rstrip("0123456789")]
