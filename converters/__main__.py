@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -153,7 +153,7 @@ def run(config: Config) -> bool:
             "--size and --outputs are for --to stablehlo and --to onnx; other files take images of any size"
         )
     if target != "flax":
-        return _export(config, cast(Target, target), folder)
+        return _export(config, target, folder)
     if folder:
         raise UserError(f"{folder} is converted already: dinojax.load reads it")
     return _convert_published(config) if config.source in VARIANTS else _convert_file(config)
@@ -266,11 +266,11 @@ def _read_any(config: Config, folder: Path | None) -> tuple[VisionTransformer, M
 def _read(config: Config) -> tuple[Mapping[str, Any], VisionTransformer]:
     """The tensors and the model of a file or a Hugging Face folder; says what was chosen."""
     file = Path(config.source).expanduser()
-    chosen = {"which": config.which, "positions": config.positions}
-    tensors, model = read_file(file, num_heads=config.num_heads, **chosen)
+    which, positions = config.which, config.positions
+    tensors, model = read_file(file, num_heads=config.num_heads, which=which, positions=positions)
     if config.name is not None:
         raise_unless_architecture(model, config.name, str(file))
-    tell_choices(file, tensors, model, say=print, **chosen)
+    tell_choices(file, tensors, model, which=which, positions=positions, say=print)
     return tensors, model
 
 

@@ -98,6 +98,7 @@ def _class_names(path: Path, settings: Mapping[str, Any], count: int) -> tuple[s
     if labels is None:
         return tuple(f"LABEL_{index}" for index in range(count))
     names = [labels.get(str(index)) for index in range(count)] if isinstance(labels, dict) else []
-    if len(names) != count or len(labels) != count or not all(isinstance(name, str) for name in names):
+    known = tuple(name for name in names if isinstance(name, str))
+    if len(known) != count or len(labels) != count:
         raise UserError(f"{path}: id2label in config.json does not name the {count} classes of the classifier")
-    return tuple(names)
+    return known

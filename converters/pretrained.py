@@ -111,8 +111,9 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
     except UserError as error:
         raise UserError(
             f"{name} is not in {cache_folder(cache_dir)} and its download failed: {error}. Other ways: get "
-            f"{source.url} on another machine and pass the file (weights=FILE, --weights FILE), set "
-            "DINOJAX_WEIGHTS_URL to a mirror, or take the small model in the package (--weights dinojax_vitt)"
+            f"{source.url} on another machine and pass the file (weights=FILE, --weights FILE), or set "
+            "DINOJAX_WEIGHTS_URL to a mirror; dinojax_vitt comes with the package and needs no network (--weights "
+            "dinojax_vitt)"
         ) from error
 
 

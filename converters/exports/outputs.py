@@ -49,7 +49,7 @@ def forward(model: VisionTransformer, outputs: Sequence[str]) -> Callable[[jax.A
 
     def run(images: jax.Array) -> dict[str, jax.Array]:
         model = nnx.merge(graphdef, state)
-        found: dict[str, jax.Array] = {}
+        found: dict[str, Any] = {}
         if {"cls", "patches"} & set(outputs):
             features = model(images)
             found |= {"cls": features.cls_token, "patches": features.patch_tokens}

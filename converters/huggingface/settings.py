@@ -93,7 +93,7 @@ def _sizes(settings: Mapping[str, Any], model: VisionTransformer) -> dict[str, t
     given = {name: settings[name] for name in found if settings.get(name) is not None}
     if "patch_size" in given:
         given["patch_size"] = _square(given["patch_size"])
-    compared = {name: (value, found[name]) for name, value in given.items()}
+    compared: dict[str, tuple[Any, Any]] = {name: (value, found[name]) for name, value in given.items()}
     if settings.get("image_size") is not None:
         side = _square(settings["image_size"])
         whole = side // config.patch_size * config.patch_size if _is_whole(side) else side

@@ -5,6 +5,7 @@ under names such as `onnx::MatMul_123`: the bias that is added to the product sa
 computed but transposes, and arrays are bounded by the bytes that are in the file.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,8 @@ from dinojax.errors import UserError
 
 _LARGEST = 2**31  # bytes of a protobuf
 _PARAMETER = re.compile(r"^(\w+\.)?(embeddings|encoder\.layer|layers|layernorm|classifier|pooler)\.[\w.]+$")
-_DTYPES = {1: np.dtype("<f4"), 10: np.dtype("<f2"), 11: np.dtype("<f8"), 16: None}  # TensorProto.DataType; 16: bfloat16
+_BFLOAT16 = 16
+_DTYPES = {1: "<f4", 10: "<f2", 11: "<f8", _BFLOAT16: "<u2"}  # TensorProto.DataType → how its bytes are read
 _PASSED_ON = ("Identity", "Cast")
 _RESIZED = ("Reshape", "Transpose", "Resize")  # what is done to the position table
 _QUANTISED = ("DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "MatMulNBits")
@@ -142,7 +144,7 @@ class _Reader:
         """The weight's name: from the bias, else its own, else from the node, which torch names after the module."""
         biases = list(node.input[2:3])
         for taker in self._takers_of(node):
-            biases += [name for name in taker.input if name != node.output[0]] if taker.op_type == "Add" else []
+            biases += [name for name in taker.input if name not in node.output] if taker.op_type == "Add" else []
         for bias in biases:
             if _PARAMETER.match(bias) and bias.endswith(".bias"):
                 return f"{bias.removesuffix('.bias')}.weight"
@@ -165,13 +167,13 @@ class _Reader:
                     pairs.add((first, rest))
         if len(pairs) != 1:
             return {}
-        first, rest = (self._array(name) for name in pairs.pop())
+        cls_entry, patches = (self._array(name) for name in pairs.pop())
         dim = found[token].size
-        if rest.ndim == 4 and rest.shape[1] == dim != rest.shape[3]:
-            rest = rest.transpose(0, 2, 3, 1)
-        if rest.ndim not in (3, 4) or rest.shape[0] != 1 or rest.shape[-1] != dim:
-            raise UserError(f"{self.path}: the position table of shape {rest.shape} is not one of {dim} channels")
-        return {table: np.concatenate([first, rest.reshape(1, -1, dim)], axis=1)}
+        if patches.ndim == 4 and patches.shape[1] == dim != patches.shape[3]:
+            patches = patches.transpose(0, 2, 3, 1)
+        if patches.ndim not in (3, 4) or patches.shape[0] != 1 or patches.shape[-1] != dim:
+            raise UserError(f"{self.path}: the position table of shape {patches.shape} is not one of {dim} channels")
+        return {table: np.concatenate([cls_entry, patches.reshape(1, -1, dim)], axis=1)}
 
     def num_heads(self, tensors: Mapping[str, np.ndarray]) -> int | None:
         """From the shape that the first query is split into, whose last axis has the channels of a head."""
@@ -179,7 +181,7 @@ class _Reader:
         reached = [self.products[query]] if query else []
         reached += [taker for node in reached for taker in self._takers_of(node) if taker.op_type == "Add"]
         for taker in (taker for node in reached for taker in self._takers_of(node) if taker.op_type == "Reshape"):
-            channels, dim = self._last_of_shape(taker.input[1]), len(tensors[query])
+            channels, dim = self._last_of_shape(taker.input[-1]), len(tensors[query])
             if channels and channels > 0 and dim % channels == 0:
                 return dim // channels
         return None
@@ -194,29 +196,27 @@ class _Reader:
         tensor = self.stored.get(name)
         if tensor is None or tensor.data_type != 7 or len(tensor.dims) != 1 or not 0 < tensor.dims[0] <= 8:
             return None
-        values = np.frombuffer(tensor.raw_data, "<i8") if tensor.raw_data else np.array(tensor.int64_data)
-        return int(values[-1]) if len(values) == tensor.dims[0] else None
+        count = tensor.dims[0]
+        if len(tensor.raw_data) == 8 * count:
+            return int(np.frombuffer(tensor.raw_data, "<i8")[-1])
+        return tensor.int64_data[-1] if len(tensor.int64_data) == count else None
 
     def _array(self, name: str) -> np.ndarray:
         """The values of a stored tensor, once its shape agrees with the bytes that are there."""
         tensor = self.stored[name]
         if tensor.data_type not in _DTYPES:
             raise UserError(f"{self.path}: {name} does not hold floating-point numbers (ONNX type {tensor.data_type})")
-        dtype, shape = _DTYPES[tensor.data_type], tuple(tensor.dims)
-        width = dtype.itemsize if dtype else 2
-        count = 1
-        for side in shape:
-            count *= side if side >= 0 else 0
+        dtype, shape = np.dtype(_DTYPES[tensor.data_type]), tuple(tensor.dims)
+        claimed = math.prod(shape) * dtype.itemsize
         stored = self._external(name, tensor) if tensor.data_location == 1 else tensor.raw_data
-        if not stored and dtype and (tensor.float_data or tensor.double_data):
+        if not stored and (tensor.float_data or tensor.double_data):
             stored = np.array(tensor.float_data or tensor.double_data, dtype).tobytes()
-        if len(stored) != count * width or 0 in shape:
-            raise UserError(
-                f"{self.path}: {name} claims {count * width:,} bytes {shape} of which {len(stored):,} are stored"
-            )
-        if dtype:
-            return np.frombuffer(stored, dtype).reshape(shape)
-        return (np.frombuffer(stored, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+        if len(stored) != claimed or min(shape, default=1) < 1:
+            raise UserError(f"{self.path}: {name} claims {claimed:,} bytes {shape} of which {len(stored):,} are stored")
+        array = np.frombuffer(stored, dtype).reshape(shape)
+        if tensor.data_type != _BFLOAT16:
+            return array
+        return (array.astype(np.uint32) << 16).view(np.float32)
 
     def _external(self, name: str, tensor: Any) -> bytes:
         """Bytes in a file beside the model; never in another folder."""

@@ -3,6 +3,7 @@
 A backbone comes with the normalisation and the size of the images that it was trained on.
 """
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,7 +120,9 @@ def _load_model(weights: str, seed: int, cache_dir: Path | None) -> VisionTransf
     if is_random(weights):
         name = weights.removeprefix(RANDOM).removeprefix(":") or DEFAULT_SHAPE
         if name not in VARIANTS:
-            raise UserError(f"{weights}: {name!r} is not one of {', '.join(VARIANTS)}")
+            close = difflib.get_close_matches(name, VARIANTS, n=1)
+            hint = f"did you mean {RANDOM}:{close[0]}? " if close else ""
+            raise UserError(f"{weights}: {hint}{name!r} is not one of {', '.join(VARIANTS)}")
         return VisionTransformer(VARIANTS[name], rngs=nnx.Rngs(seed))
     # This import is here because it loads torch when a PyTorch file is read.
     from converters.pretrained import load_pretrained, read_model
@@ -129,12 +132,7 @@ def _load_model(weights: str, seed: int, cache_dir: Path | None) -> VisionTransf
         return read_model(path, say=print)
     if path.name != weights or path.suffix:
         raise UserError(f"{weights}: there is no such file or folder of weights")
-    try:
-        return load_pretrained(weights, cache_dir=cache_dir)
-    except UserError as error:
-        raise UserError(
-            f"{weights}: {error}; dinojax_vitt comes with the package and needs no network (--weights dinojax_vitt)"
-        ) from error
+    return load_pretrained(weights, cache_dir=cache_dir)
 
 
 def _is_within(path: str, folder: str) -> bool:

@@ -18,6 +18,7 @@ from converters import download, pretrained
 from converters.sources import SOURCES, Source
 from dinojax import VARIANTS, UserError
 from dinojax.models.files import abstract_model
+from experiments.features.backbones import load_backbone
 from tests.support.http_files import serving
 from tests.support.tiny_weights import TINY_V2, assert_holds, official_state, torch_bytes
 
@@ -189,7 +190,8 @@ def test_without_a_network_one_sentence_says_what_to_do(monkeypatch, tmp_path):
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
     monkeypatch.setenv("DINOJAX_WEIGHTS_URL", f"http://127.0.0.1:{port}")
-    with pytest.raises(UserError, match=rf"cannot be reached.*get {TINY.url} on another machine.*--weights FILE"):
+    advice = rf"cannot be reached.*get {TINY.url} on another machine.*--weights FILE.*--weights dinojax_vitt"
+    with pytest.raises(UserError, match=advice):
         load(tmp_path)
     assert files_in(tmp_path) == set()
 
@@ -240,6 +242,12 @@ def test_the_cache_folder_comes_from_the_environment(server, monkeypatch, tmp_pa
 def test_a_misspelt_name_gets_suggestions():
     with pytest.raises(UserError, match="did you mean dinov2_vits14"):
         pretrained.load_pretrained("dinov2_vit_s14")
+
+
+def test_every_command_that_takes_weights_suggests_names(tmp_path):
+    for weights, suggestion in (("dinov2_vit_s14", "dinov2_vits14"), ("random:dino_vits61", "random:dino_vits16")):
+        with pytest.raises(UserError, match=f"did you mean {suggestion}"):
+            load_backbone(weights, seed=0, cache_dir=tmp_path)
 
 
 def test_a_path_in_the_place_of_the_name_is_pointed_out():
