@@ -155,7 +155,8 @@ class LayerScale(Module):
     """A learned factor per channel on a residual branch."""
 
     def __init__(self, dim: int, init_value: float):
-        self.gamma = nnx.Param(jnp.full((dim,), init_value))
+        # With a dtype: a weakly typed parameter would turn strong in the first step, and the second compile again.
+        self.gamma = nnx.Param(jnp.full((dim,), init_value, dtype=float))
 
     def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
         return x * self.gamma[...][None, None]

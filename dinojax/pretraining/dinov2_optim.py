@@ -4,12 +4,12 @@ Source: facebookresearch/dinov2 b8931f7 `dinov2/utils/param_groups.py` and `dino
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dinojax.pretraining.monitors import gradient_norms
 from dinojax.pretraining.optim import LAST_LAYER, names_of
@@ -80,7 +80,7 @@ def learning_rate_factors(params: Any, *, layer_decay: float, patch_embed_factor
     for block i from 0, and 1 for the final norm and the heads. The patch embedding has `patch_embed_factor` on top.
     """
     paths = [names_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    depth = 1 + max(int(names[2]) for names in paths if names[:2] == ["backbone", "blocks"])
+    depth = 1 + max((int(names[2]) for names in paths if names[:2] == ["backbone", "blocks"]), default=0)
 
     def factor(path: tuple[Any, ...], _: Any) -> float:
         part, name, *rest = names_of(path)
@@ -108,18 +108,12 @@ def is_last_layer(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: LAST_LAYER in names_of(path), params)
 
 
-class _StepCount(NamedTuple):
-    """The number of updates so far."""
-
-    count: Int[Array, ""]
-
-
 def _descend(
     learning_rate: Schedule, weight_decay: Schedule, factors: Callable[[Any], Any], freeze_last_layer_steps: int
 ) -> optax.GradientTransformation:
     """Adds decoupled weight decay and scales by the learning rate of each parameter."""
 
-    def update(updates: Any, state: _StepCount, params: Any = None) -> tuple[Any, _StepCount]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         rate, decay = learning_rate(state.count), weight_decay(state.count)
         rate_of_last_layers = jnp.where(state.count < freeze_last_layer_steps, 0, rate)
 
@@ -128,6 +122,6 @@ def _descend(
             return -own_rate * (update + jnp.asarray(decay_factor * decay, update.dtype) * param)
 
         trees = factors(params), weight_decay_factors(params), is_last_layer(params)
-        return jax.tree.map(one, updates, params, *trees), _StepCount(state.count + 1)
+        return jax.tree.map(one, updates, params, *trees), optax.ScaleByScheduleState(state.count + 1)
 
-    return optax.GradientTransformation(lambda params: _StepCount(jnp.zeros([], jnp.int32)), update)
+    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)

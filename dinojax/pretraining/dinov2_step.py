@@ -5,7 +5,7 @@ Source: facebookresearch/dinov2 b8931f7 `dinov2/train/ssl_meta_arch.py` and `din
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +84,8 @@ class DINOv2(Module):
         if self.ibot_head is not None:
             return self.dino_head(class_tokens), self.ibot_head(patch_tokens)
         flat = [x.reshape(-1, x.shape[-1]) for x in (class_tokens, patch_tokens)]
-        logits = jnp.split(self.dino_head(jnp.concatenate(flat)), [len(flat[0])])
-        return tuple(x.reshape(*y.shape[:-1], -1) for x, y in zip(logits, (class_tokens, patch_tokens)))
+        of_classes, of_patches = jnp.split(self.dino_head(jnp.concatenate(flat)), [len(flat[0])])
+        return of_classes.reshape(*class_tokens.shape[:-1], -1), of_patches.reshape(*patch_tokens.shape[:-1], -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ class DINOv2Objective:
         UserError: an unknown `centering`, or a group of fewer than two images.
     """
 
-    centering: Literal["centering", "sinkhorn_knopp"] = "centering"
+    centering: str = "centering"
     dino_loss_weight: float = 1.0
     koleo_loss_weight: float = 0.1
     ibot_loss_weight: float = 1.0

@@ -114,8 +114,8 @@ def masks_of_blocks(
 class MaskedPatches(NamedTuple):
     """The masked patches of a batch, in the order of images and patches, filled up to a fixed length."""
 
-    index: Int[Array, " masked"]
-    """Places among all patches of the batch; those that fill up lie beyond the last one."""
+    place: Int[Array, " masked"]
+    """Where they are among all patches of the batch; those that fill up lie beyond the last one."""
     valid: Bool[Array, " masked"]
     """False for those that fill up."""
     weight: Float[Array, " masked"]
@@ -129,27 +129,27 @@ def masked_patches(masks: Bool[Array, "*images patches"], most: int) -> MaskedPa
     NaN, instead of leaving patches out in silence.
     """
     patches, total = masks.shape[-1], masks.size
-    (index,) = jnp.nonzero(masks.ravel(), size=most, fill_value=total)
-    valid = index < total
+    (place,) = jnp.nonzero(masks.ravel(), size=most, fill_value=total)
+    valid = place < total
     of_image = jnp.sum(masks.reshape(-1, patches), axis=1)
-    count = of_image[jnp.minimum(index, total - 1) // patches]
+    count = of_image[jnp.minimum(place, total - 1) // patches]
     weight = jnp.where(valid, 1 / jnp.maximum(count, 1), 0.0)
-    return MaskedPatches(index, valid, jnp.where(of_image.sum() <= most, weight, jnp.nan))
+    return MaskedPatches(place, valid, jnp.where(of_image.sum() <= most, weight, jnp.nan))
 
 
 def gather_patches(tokens: Float[Array, "*images patches dim"], masked: MaskedPatches) -> Float[Array, "masked dim"]:
     """The tokens of masked patches; those that fill up are zero vectors."""
-    return jnp.take(tokens.reshape(-1, tokens.shape[-1]), masked.index, axis=0, mode="fill", fill_value=0)
+    return jnp.take(tokens.reshape(-1, tokens.shape[-1]), masked.place, axis=0, mode="fill", fill_value=0)
 
 
 def _one_mask(key: Array, target: Array, *, masking: BlockMasking) -> Array:
     """A mask "rows columns" of at most `target` patches."""
 
-    def unfinished(state: tuple[Array, ...]) -> Array:
+    def unfinished(state: tuple[Array, Array, Array]) -> Array:
         mask, _, stuck = state
         return (jnp.sum(mask) < target) & ~stuck
 
-    def add_block(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def add_block(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         mask, number, _ = state
         budget = _budget(target, jnp.sum(mask), masking)
         # All attempts at once: the first block that fits is the one that attempts in a row would have found.
@@ -160,7 +160,7 @@ def _one_mask(key: Array, target: Array, *, masking: BlockMasking) -> Array:
         return mask | (blocks[jnp.argmax(fits)] & found), number + 1, ~found
 
     empty = jnp.zeros((masking.rows, masking.columns), bool)
-    return jax.lax.while_loop(unfinished, add_block, (empty, jnp.uint32(0), jnp.asarray(False)))[0]
+    return jax.lax.while_loop(unfinished, add_block, (empty, jnp.zeros([], jnp.uint32), jnp.zeros([], bool)))[0]
 
 
 def _budget(target: Array, covered: Array, masking: BlockMasking) -> Array:
