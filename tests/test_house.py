@@ -17,8 +17,8 @@ ALLOWED = {
 }
 # These work on any arrays: they import nothing of ours but the error class and each other.
 ON_THEIR_OWN = ("dinojax.models.layers", "dinojax.models.position", "dinojax.pretraining.losses",
-                "dinojax.pretraining.schedules", "dinojax.errors", "dinojax.precision", "dinojax.image_ops",
-                "dinojax.maps")  # fmt: skip
+                "dinojax.pretraining.dinov2_losses", "dinojax.pretraining.masking", "dinojax.pretraining.schedules",
+                "dinojax.errors", "dinojax.precision", "dinojax.image_ops", "dinojax.maps")  # fmt: skip
 HEAVY = {"torch", "tensorflow", "transformers", "matplotlib", "tyro", "tqdm"}
 GRAPH = import_graph()
 
