@@ -27,9 +27,9 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -qq --editable '.[$*]'
 	touch $@
 
-demo: $(DEMO)  ## probe and pretrain on the digits inside scikit-learn: a few minutes, no data to download
-	$(BIN)/dinojax probe --data digits --weights random:dino_vitt8 --image-size 64 --epochs 20 --out runs/demo
-	$(BIN)/dinojax demo --out runs/demo-dino
+demo: $(DEMO)  ## two photos and the digits through the model inside the package: a minute, no data to download
+	$(BIN)/dinojax demo --out runs/demo
+	$(BIN)/dinojax probe digits --weights dinojax_vitt --image-size 32 --epochs 20 --out runs/demo-digits
 
 test: $(DEV) lint docs  ## what CI runs: lint, docs, and every test but the slow ones and those that need the internet
 	$(PYTEST) --numprocesses 2 --dist worksteal -m 'not network and not slow'

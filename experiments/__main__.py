@@ -26,7 +26,7 @@ COMMANDS = {
     "duplicates": ("experiments.duplicates", "groups of near-duplicates in an embedding file"),
     "cluster": ("experiments.cluster", "clusters of the images of an embedding file"),
     "convert": ("converters.__main__", "convert weights from PyTorch, and back"),
-    "demo": ("experiments.demo", "train DINO on handwritten digits in a minute, without a download"),
+    "demo": ("experiments.demo", "what the model inside the package sees in two photos"),
 }
 
 
