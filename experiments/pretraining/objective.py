@@ -46,6 +46,8 @@ class StartSettings:
     heads_warmup: Annotated[int, NOT_NEGATIVE] = 0
     """Epochs at the start during which only the heads learn, because heads are not published and start at random.
     Afterwards the backbone's learning rate rises linearly over --warmup-epochs."""
+    backbone_rate: Annotated[float, _FACTOR] = 1.0
+    """Factor of the backbone's learning rate: below 1, the backbone changes more slowly than the heads."""
     most_lost: Annotated[float, INNER_FRACTION, UNIMPORTANT] = 0.1
     """Share of the k-NN accuracy at the start, or of the feature rank where there are no labels, whose loss is reported
     at once."""

@@ -132,11 +132,20 @@ def make_schedules(config: PretrainConfig, steps_per_epoch: int) -> dict[str, Sc
             else teacher_temp_schedule(*temperatures, warmup_epochs=warmup_epochs, steps_per_epoch=steps_per_epoch)
         ),
     }
-    if config.start.heads_warmup:
-        frozen = config.start.heads_warmup * steps_per_epoch
-        rising = max(training.warmup_epochs * steps_per_epoch, 1)
-        schedules["backbone_factor"] = lambda step: jnp.clip((jnp.asarray(step, float) - frozen + 1) / rising, 0, 1)
+    if config.start.heads_warmup or config.start.backbone_rate != 1:
+        schedules["backbone_factor"] = _backbone_factor(config, steps_per_epoch)
     return schedules
+
+
+def _backbone_factor(config: PretrainConfig, steps_per_epoch: int) -> Schedule:
+    """0 while the heads learn alone, then linear to `backbone_rate`."""
+    frozen, last = config.start.heads_warmup * steps_per_epoch, config.start.backbone_rate
+    rising = config.training.warmup_epochs * steps_per_epoch if frozen else 0
+
+    def factor(step: jax.Array | int) -> jax.Array:
+        return last * jnp.clip((jnp.asarray(step, float) - frozen + 1) / max(rising, 1), 0, 1)
+
+    return factor
 
 
 def _rising(first: float, last: float, steps: int, total: int) -> Schedule:
