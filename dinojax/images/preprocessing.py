@@ -68,7 +68,7 @@ def preprocess(
     if len(spec.mean) != 3:
         raise UserError(f"the model takes {len(spec.mean)} channels, and photos have 3: prepare its images by hand")
 
-    resample = Resampling[spec.interpolation.upper()]
+    resample = getattr(Resampling, spec.interpolation.upper())
 
     def prepare(photo: tuple[int, Any]) -> Pixels:
         with one_large_image():
