@@ -1,4 +1,4 @@
-"""The DINO training step, and the augmentation alone: dinojax beside PyTorch and Pillow, img/s.
+"""The training steps of DINO and DINOv2, and the augmentation alone: dinojax beside PyTorch and Pillow, img/s.
 
     python -m benchmarks.dino_step            every row (10 rounds; on CPU 12 minutes)
     python -m benchmarks.dino_step --quick    5 rounds of fewer and smaller rows, under 3 minutes on 2 cores
@@ -8,11 +8,16 @@ averages of teacher and center. Both sides start from the same parameters and se
 device, and each PyTorch variant first proves that its work is ours: loss, norm of the gradients, and what two steps
 make of student, teacher and center (float32); where they differ the command stops. On CPU both compute in
 float32 with as many threads as there are cores. On a GPU both compute in bfloat16 over float32 parameters, and ours
-runs a second time from raw uint8 images, its augmentation inside the step.
+runs DINO a second time from raw uint8 images, its augmentation inside the step.
+
+A step of DINOv2 takes masks of the global crops besides. Its loss is that of class tokens with targets by
+Sinkhorn-Knopp, that of masked patches, which share the head, and KoLeo; backbone and head are clipped as a whole, and
+learning rates fall from block to block. PyTorch's batch brings the places of the masked patches along, and its head
+takes just these; ours finds them inside the step, and its head takes as many rows as such masks can have.
 
 The augmentation rows take raw uint8 images to normalised crops: our compiled program on all cores or the GPU, Pillow
 in one thread. Pillow first repeats crops that ours drew, and they must be equal. TFLOP/s count the products of a
-step, see `StepRow.flops`.
+step, see `StepRow.flops` and `DINOv2Row.flops`.
 """
 
 import dataclasses
@@ -24,19 +29,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.dino_work import CPU_STEPS, CROPS, GPU_STEPS, QUICK_STEPS, CropRow, StepRow
+from benchmarks.dinov2_work import DINOV2_CPU, DINOV2_GPU, DINOV2_QUICK, DINOv2Row
 from benchmarks.paired import CONTROL, CONTROL_BOUND, Comparison, Variant, compare, finish, has_gpu, table, throughput
 
+Row = StepRow | DINOv2Row | CropRow
 OURS, FROM_PIXELS, PILLOW, EAGER = "dinojax", "dinojax from uint8", "pillow, 1 thread", "torch eager"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The DINO step beside PyTorch, the augmentation beside Pillow; ends in one line of JSON."""
+    """The steps of DINO and DINOv2 beside PyTorch, the augmentation beside Pillow; ends in one line of JSON."""
 
     quick: bool = False
     """Run 5 rounds of fewer and smaller rows against eager PyTorch only."""
     rows: tuple[str, ...] = ()
-    """Parts of row names, such as augmentation, 2x128 or "batch 256": only rows that contain one of them run."""
+    """Parts of row names, such as augmentation, dinov2 or 2x128: only rows that contain one of them run."""
     rounds: int = 10
     """Number of rounds of the full run."""
     out: Path | None = None
@@ -67,16 +74,17 @@ def main() -> None:
     finish(result, config.out)
 
 
-def _chosen(config: Config, *, gpu: bool) -> list[StepRow | CropRow]:
+def _chosen(config: Config, *, gpu: bool) -> list[Row]:
     steps = GPU_STEPS if gpu else QUICK_STEPS if config.quick else CPU_STEPS
-    rows = [*(steps[:1] if config.quick else steps), *(CROPS[:2] if config.quick else CROPS)]
+    dinov2 = DINOV2_GPU if gpu else DINOV2_QUICK if config.quick else DINOV2_CPU
+    rows = [*(steps[:1] if config.quick else steps), *dinov2, *(CROPS[:2] if config.quick else CROPS)]
     chosen = [row for row in rows if not config.rows or any(part in row.name for part in config.rows)]
     if not chosen:
         sys.exit(f"no row matches {' or '.join(config.rows)}; the rows are: {'; '.join(row.name for row in rows)}")
     return chosen
 
 
-def _measured(work: StepRow | CropRow, *, gpu: bool, quick: bool, rounds: int) -> list[tuple[str, Comparison]]:
+def _measured(work: Row, *, gpu: bool, quick: bool, rounds: int) -> list[tuple[str, Comparison]]:
     """Comparisons with the names of their controls, one for each group of variants that run side by side."""
     with tempfile.TemporaryDirectory() as folder:
         return [
@@ -90,30 +98,30 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _groups(
-    work: StepRow | CropRow, start: dict[str, Any], *, gpu: bool, quick: bool
-) -> list[tuple[str, list[Variant]]]:
+def _groups(work: Row, start: dict[str, Any], *, gpu: bool, quick: bool) -> list[tuple[str, list[Variant]]]:
     """The control and the variants of each group; ours comes first: it writes the parameters that the others load."""
     if isinstance(work, CropRow):
         pillow = Variant(PILLOW, "benchmarks.pillow_crops:prepare", start)
         return [(PILLOW, [Variant(OURS, "benchmarks.jax_dino:prepare_crops", start), pillow])]
-    ours = Variant(OURS, "benchmarks.jax_dino:prepare_step", start)
-    from_pixels = Variant(FROM_PIXELS, ours.prepare, start | {"raw": True})
+    dinov2 = isinstance(work, DINOv2Row)
+    ours = [Variant(OURS, f"benchmarks.jax_dino:prepare_{'dinov2_' if dinov2 else ''}step", start)]
+    if gpu and not dinov2:
+        ours.append(Variant(FROM_PIXELS, ours[0].prepare, start | {"raw": True}))
     modes = ["eager", *([] if quick else ["default", "max-autotune"] if gpu else ["default"])]
     torch = [
         Variant(
             f"torch {'' if mode == 'eager' else 'compile '}{mode}{', cuDNN attention' if cudnn else ''}",
-            "benchmarks.torch_dino:prepare",
+            f"benchmarks.torch_dino{'v2' if dinov2 else ''}:prepare",
             start | {"mode": mode, "cudnn": cudnn},
         )
         for cudnn in ([False, True] if gpu and not quick else [False])
         for mode in modes
     ]
     # All of them together do not fit the memory of a GPU.
-    return [(OURS, [ours, from_pixels, variant]) for variant in torch] if gpu else [(EAGER, [ours, *torch])]
+    return [(OURS, [*ours, variant]) for variant in torch] if gpu else [(EAGER, [*ours, *torch])]
 
 
-def _summary(work: StepRow | CropRow, found: Sequence[tuple[str, Comparison]]) -> dict[str, Any]:
+def _summary(work: Row, found: Sequence[tuple[str, Comparison]]) -> dict[str, Any]:
     """The numbers of one row; ratios are to the fastest opponent, over the rounds in which it took part."""
     opponents = {name: pair for pair in found for name in pair[1].seconds if name.startswith(("torch", "pillow"))}
     baseline = min(opponents, key=lambda name: opponents[name][1].median(name))
@@ -122,7 +130,7 @@ def _summary(work: StepRow | CropRow, found: Sequence[tuple[str, Comparison]]) -
     where = {name: comparison for _, comparison in found for name in comparison.seconds} | dict.fromkeys(
         best.seconds, best
     )
-    flops = work.flops if isinstance(work, StepRow) else None
+    flops = None if isinstance(work, CropRow) else work.flops
     return {
         "ratio": best.ratio(OURS, baseline),
         "baseline": baseline,
