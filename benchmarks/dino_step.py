@@ -1,7 +1,8 @@
 """The training steps of DINO and DINOv2, and the augmentation alone: dinojax beside PyTorch and Pillow, img/s.
 
-    python -m benchmarks.dino_step            every row (10 rounds; on CPU 12 minutes)
+    python -m benchmarks.dino_step            every row (10 rounds; on CPU 12 minutes, and more for DINOv2)
     python -m benchmarks.dino_step --quick    5 rounds of fewer and smaller rows, under 3 minutes on 2 cores
+    python -m benchmarks.dino_step --rows dinov2    the DINOv2 row alone
 
 A step is: student and teacher on 2 global and 8 local crops, loss, gradients, clipping of each tensor, AdamW, moving
 averages of teacher and center. Both sides start from the same parameters and see the same random crops, already on the
@@ -11,9 +12,10 @@ float32 with as many threads as there are cores. On a GPU both compute in bfloat
 runs DINO a second time from raw uint8 images, its augmentation inside the step.
 
 A step of DINOv2 takes masks of the global crops besides. Its loss is that of class tokens with targets by
-Sinkhorn-Knopp, that of masked patches, which share the head, and KoLeo; backbone and head are clipped as a whole, and
-learning rates fall from block to block. PyTorch's batch brings the places of the masked patches along, and its head
-takes just these; ours finds them inside the step, and its head takes as many rows as such masks can have.
+Sinkhorn-Knopp, that of masked patches, which share the head, and KoLeo. Backbone and head are each clipped by their
+norm, and learning rates fall from the last block to the first. PyTorch's batch brings the places of the masked patches
+along, and its head takes just these; ours finds them inside the step, and its head takes as many rows as such masks can
+have.
 
 The augmentation rows take raw uint8 images to normalised crops: our compiled program on all cores or the GPU, Pillow
 in one thread. Pillow first repeats crops that ours drew, and they must be equal. TFLOP/s count the products of a

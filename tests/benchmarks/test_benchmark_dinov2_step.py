@@ -19,7 +19,7 @@ MODEL = dino_work.Model(
 )
 
 pytestmark = pytest.mark.slow  # a minute of compilation; run by make test-all
-ROW = dinov2_work.DINOv2Row("vit", MODEL, local_size=8, batch=4)
+ROW = dinov2_work.DINOv2Row("vit/4", MODEL, local_size=8, batch=4)
 # So tight a clip touches backbone and head.
 RECIPE = dinov2_work.DINOv2Recipe(clip_norm=0.01)
 
