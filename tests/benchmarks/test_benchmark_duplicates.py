@@ -49,6 +49,7 @@ def test_edits_change_what_they_say():
     assert 0 < losses[0] < losses[1]
 
 
+@pytest.mark.slow  # runs the benchmark as a command
 def test_the_command_ends_in_a_line_of_json(tmp_path):
     command = [sys.executable, "-m", "benchmarks.duplicates", "--quick", "--out", str(tmp_path / "out.json")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

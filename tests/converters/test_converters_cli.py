@@ -105,6 +105,7 @@ def test_pytorch_gets_back_what_it_gave(tmp_path, capsys, config, suffix):
     assert f"written to {out} for PyTorch" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # traces the model in PyTorch and in JAX at several sizes
 def test_a_trained_model_in_pytorch_is_verified(tmp_path, capsys):
     pytest.importorskip("transformers")
     command.main(["dinojax_vitt", "--verify", "--out", str(tmp_path / "vitt.safetensors")])

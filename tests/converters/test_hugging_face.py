@@ -178,7 +178,8 @@ def test_sharded_and_pickled_folders_are_read(tmp_path):
 # --- classifiers
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# slow: the same head on two more backbones
+@pytest.mark.parametrize("kind", ["dinov2", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "dinov2")])
 def test_logits_equal_transformers(folders, kind):
     model, head = load_classifier(folders[f"{kind} classifier"], positions="huggingface")
     assert head.class_names == tuple(f"class {index}" for index in range(5))

@@ -234,6 +234,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_intact(tm
     assert final_state(tmp_path / "run", mended).step == 7
 
 
+@pytest.mark.slow  # a training of other temperatures, compiled for itself
 def test_collapse_is_named_after_the_warm_up(tmp_path, capfd):
     """Temperatures at which the answers of teacher and student are uniform."""
     config = settings(

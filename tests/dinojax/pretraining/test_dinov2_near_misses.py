@@ -180,6 +180,7 @@ OBJECTIVE = {
 }
 
 
+@pytest.mark.slow  # needs a whole training in float64, and compiles the objective for each mistake
 @pytest.mark.parametrize("mistake", OBJECTIVE)
 def test_a_mistake_in_the_objective_shows(monkeypatch, mistake):
     name, plant = OBJECTIVE[mistake]
@@ -189,6 +190,7 @@ def test_a_mistake_in_the_objective_shows(monkeypatch, mistake):
         assert too_large(objective_differences(reference, tokens))
 
 
+@pytest.mark.slow  # needs two whole trainings in float64
 @pytest.mark.parametrize("name", [CENTERING, SINKHORN])
 def test_without_a_mistake_nothing_shows_and_koleo_after_the_head_does(name):
     reference, tokens = exact(name)[0], tokens_of(name)
@@ -230,6 +232,7 @@ def larger_epsilon(patch):
     patch.setattr(layers.nnx.LayerNorm, "__call__", other)
 
 
+@pytest.mark.slow  # compiles the networks for each mistake
 @pytest.mark.parametrize("mistake", [student_not_masked, teacher_masked, tanh_gelu, larger_epsilon])
 def test_a_mistake_in_the_networks_shows(monkeypatch, mistake):
     reference, trajectory = exact(CENTERING)

@@ -193,27 +193,8 @@ OPTIMIZER = {
 }
 
 
-# slow: a second each; the others go through the same code
-SLOW = {
-    "last layer frozen by zero gradient",
-    "last layer decays while frozen",
-    "last-layer rate for all heads",
-    "decay on every parameter",
-    "tokens exempt from decay",
-    "weight_g exempt from decay",
-    "layer-wise decay left out",
-    "patch-embed factor left out",
-    "no clipping",
-    "clip per tensor",
-    "average of the backbone only",
-    "average leaves out the mask token",
-}
-assert OPTIMIZER.keys() >= SLOW
-
-
-@pytest.mark.parametrize(
-    "mistake", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in OPTIMIZER]
-)
+@pytest.mark.slow  # needs a whole training in float64; the trainings alone are compared in each run of the tests
+@pytest.mark.parametrize("mistake", OPTIMIZER)
 def test_a_mistake_in_the_optimizer_or_the_average_shows(monkeypatch, mistake):
     reference, trajectory = exact(SINKHORN)
     with jax.enable_x64(True):
@@ -221,6 +202,7 @@ def test_a_mistake_in_the_optimizer_or_the_average_shows(monkeypatch, mistake):
         assert too_large(optimizer_differences(reference, trajectory))
 
 
+@pytest.mark.slow  # as above
 def test_the_optimizer_without_a_mistake_shows_nothing():
     reference, trajectory = exact(SINKHORN)
     with jax.enable_x64(True):

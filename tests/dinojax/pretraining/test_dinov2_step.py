@@ -72,8 +72,9 @@ def after_two_steps(**options):
     return state, metrics
 
 
-# slow: compiles two more steps; only the teacher's targets differ, which are made before the batch is split
-@pytest.mark.parametrize("objective", [SINKHORN, pytest.param(DINOv2Objective(koleo_group=2), marks=pytest.mark.slow)])
+# slow: compiles two steps in float64 for each objective
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", [SINKHORN, DINOv2Objective(koleo_group=2)])
 def test_accumulation_with_rematerialisation_is_the_plain_step(objective):
     """Sinkhorn-Knopp and centers see the whole batch; KoLeo looks for neighbours in groups that divide the parts."""
     with jax.enable_x64(True):

@@ -42,6 +42,7 @@ def parameters(model):
     return jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
 
 
+@pytest.mark.slow  # compiles a step of two heads and runs three times; a DINO run is resumed in each run of the tests
 def test_a_run_of_dinov2_resumes_bit_for_bit_and_logs_every_term(tmp_path):
     """Two centers, masks and drop path follow from the step: a run that was stopped on its way is the same."""
     whole = settings(tmp_path, out=tmp_path / "whole", centering="centering", patch_prototypes=8)
@@ -85,6 +86,7 @@ def test_the_training_starts_from_the_weights_and_warms_up_the_heads_alone(weigh
     assert result["config"]["init"] == init and result["config"]["own_statistics"] is False
 
 
+@pytest.mark.slow  # compiles a training for weights of another shape
 def test_other_weights_under_the_same_name_are_refused(weights, tmp_path):
     _, init = weights
     config = settings(tmp_path, init=init, minutes=1e-9)
@@ -112,6 +114,7 @@ def test_crops_become_whole_patches_of_the_weights(weights, tmp_path, capsys):
     assert staged.crops.global_size == 20 and staged.architecture.img_size == 20
 
 
+@pytest.mark.slow  # compiles a training without clipping
 def test_a_loss_of_what_was_learnt_before_is_reported_at_once(weights, tmp_path, capfd):
     config = settings(tmp_path, init=weights[1], learning_rate=0.5, most_lost=0.01, clip_norm=0, epochs=2)
     pretrain(config)
