@@ -233,6 +233,7 @@ def test_augmented_views_keep_most_of_the_image_and_its_colours():
     assert 0.35 < np.mean(across < 0) < 0.65  # flipped
 
 
+@pytest.mark.slow  # a probe of a larger model, extracted and fitted for itself
 def test_random_weights_are_called_an_untrained_baseline(config, capsys):
     small = replace(config, weights="random:dino_vitt16", max_train=40, max_test=20, map="tsne")
     result = run(small)

@@ -96,6 +96,7 @@ def half_precision():
     return state, compiled(step)
 
 
+@pytest.mark.slow  # compiles a step in bfloat16, as the next two do together with it
 def test_networks_in_bfloat16_leave_the_state_in_float32_and_compile_once(half_precision):
     state, step = half_precision
     for seed in range(3):
@@ -106,6 +107,7 @@ def test_networks_in_bfloat16_leave_the_state_in_float32_and_compile_once(half_p
     assert int(state.step) == 3
 
 
+@pytest.mark.slow  # as above
 def test_a_batch_without_a_mask_trains_on_class_tokens_and_leaves_the_center_of_patches(half_precision):
     state, step = half_precision
     state, _ = step(state, crops(), masks(), jax.random.key(0))
@@ -117,6 +119,7 @@ def test_a_batch_without_a_mask_trains_on_class_tokens_and_leaves_the_center_of_
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
 
 
+@pytest.mark.slow  # as above
 def test_more_masked_patches_than_announced_end_in_nan_not_in_silence(half_precision):
     state, step = half_precision
     _, metrics = step(state, crops(), jnp.ones((2, BATCH, PATCHES), bool), jax.random.key(1))

@@ -62,10 +62,10 @@ def plain_steps():
 @pytest.mark.parametrize(
     "options",
     [
-        # slow: each compiles one more step; two micro-batches are tested below
+        # slow: each compiles one more step; chunks in two micro-batches are tested below
         pytest.param({"accumulation_steps": 3}, marks=pytest.mark.slow, id="{'accumulation_steps': 3}"),
         pytest.param({"remat": True}, marks=pytest.mark.slow, id="{'remat': True}"),
-        {"prototype_chunk": 8},
+        pytest.param({"prototype_chunk": 8}, marks=pytest.mark.slow, id="{'prototype_chunk': 8}"),
         {"prototype_chunk": 6, "accumulation_steps": 2},
     ],
     ids=str,
@@ -80,6 +80,7 @@ def test_variants_of_the_step_are_the_plain_step(options, plain_steps):
             np.testing.assert_allclose(found_metrics[name], values, rtol=1e-10, err_msg=name)
 
 
+@pytest.mark.slow  # compiles two more steps
 def test_networks_in_bfloat16_leave_state_and_loss_in_float32():
     plain, metrics = after_two_steps(jnp.float32)
     found, found_metrics = after_two_steps(jnp.float32, compute_dtype=jnp.bfloat16)

@@ -102,6 +102,7 @@ def tanh_gelu(patch):
 
 # slow: compiles a step for each mistake; those without the mark show that every kind of number is compared
 SLOW = [
+    global_norm_clipping,
     no_clipping,
     shared_step_count,
     no_freeze,
@@ -110,7 +111,6 @@ SLOW = [
     momentum_one_step_late,
 ]
 MISTAKES = [
-    global_norm_clipping,
     freeze_by_zero_gradient,
     center_before_use,
     tanh_gelu,
