@@ -107,7 +107,7 @@ def _evaluation(folder: Path, result: Mapping[str, Any]) -> EvaluatedRun:
     data = {name: value for name, value in result["data"].items() if not name.endswith("fingerprint")}
     evaluated, unlike = data.pop("evaluated_on", "test"), data.pop("unlike_classes", False)
     known = _trained_as(training["config"]) if training.get("config") else {"weights": result["weights"]}
-    about = {"model": _shape(first["architecture"]), "parameters": result["parameters"],
+    about = {"model": _shape(first["architecture"], training), "parameters": result["parameters"],
              "images": training.get("images"), "epochs": training.get("epochs"),
              "weights": None if training.get("config") else Path(result["weights"]).name}  # fmt: skip
     rows = {(row["network"], row["features"], row["probe"]): row for row in result["rows"]}
@@ -137,7 +137,7 @@ def _training(folder: Path, result: Mapping[str, Any]) -> EvaluatedRun:
     names = {"random_init": "untrained"}
     model = nnx.state(abstract_model(ViTConfig(**architecture)), nnx.Param)
     sizes = [math.prod(array.shape) for array in jax.tree.leaves(model)]
-    about = {"model": _shape(architecture), "parameters": sum(sizes), "images": result["images"],
+    about = {"model": _shape(architecture, source), "parameters": sum(sizes), "images": result["images"],
              "epochs": source["epochs"], "weights": None}  # fmt: skip
     same = ["training", _trained_as(result["config"]), source["data"], result["images"], result["config"]["max_test"]]
     return EvaluatedRun(
@@ -158,11 +158,13 @@ def _trained_as(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in with_new_names(config).items() if name not in _FREE_OF_TRAINING}
 
 
-def _shape(architecture: Mapping[str, Any]) -> str:
+def _shape(architecture: Mapping[str, Any], source: Mapping[str, Any]) -> str:
+    """The size and patch of a model, and DINOv2 where that is how it was trained here."""
     widths = {192: "ViT-Tiny", 384: "ViT-S", 768: "ViT-B", 1024: "ViT-L", 1536: "ViT-g"}
     dim, depth, patch = (architecture[name] for name in ("embed_dim", "depth", "patch_size"))
     usual = depth == {"ViT-L": 24, "ViT-g": 40}.get(widths.get(dim), 12)
-    return f"{widths[dim]}/{patch}" if dim in widths and usual else f"ViT {dim}×{depth}/{patch}"
+    shape = f"{widths[dim]}/{patch}" if dim in widths and usual else f"ViT {dim}×{depth}/{patch}"
+    return shape + (" by DINOv2" if str(source.get("method", "")).startswith("DINOv2") else "")
 
 
 def _device(backend: str | None) -> str:
