@@ -1,6 +1,7 @@
 """Finished models on disk: a folder with `model.safetensors` (every parameter by its dotted path) and `config.json`."""
 
 import dataclasses
+import difflib
 import json
 import os
 import shutil
@@ -137,10 +138,7 @@ def load(path: str | Path) -> VisionTransformer:
         UserError: there is no such folder, its files are damaged (the SHA-256 is checked), or its arrays do not fit the
             architecture.
     """
-    if str(path) in VARIANTS and not Path(path).exists():
-        raise UserError(
-            f"{path} is the name of a published model, not a folder: converters.load_pretrained({str(path)!r}) loads it"
-        )
+    _raise_if_name(str(path))
     path = Path(path)
     document = _read_config(path, files=[WEIGHTS_FILE])
     try:
@@ -154,6 +152,17 @@ def load(path: str | Path) -> VisionTransformer:
     model = _filled(config, path / WEIGHTS_FILE)
     model.preprocessing = preprocessing
     return model
+
+
+def _raise_if_name(path: str) -> None:
+    """Refuses the name of a published model, or what is nearly one, where a folder is expected."""
+    names = [] if Path(path).exists() else difflib.get_close_matches(path, VARIANTS, n=1)
+    if names == [path]:
+        raise UserError(f"{path} is a published model, not a folder: converters.load_pretrained({path!r}) loads it")
+    if names:
+        raise UserError(
+            f"{path} is not a folder; did you mean converters.load_pretrained({names[0]!r}), which loads a published model?"
+        )
 
 
 def read_source(path: str | Path) -> dict[str, Any]:

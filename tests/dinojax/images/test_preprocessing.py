@@ -136,3 +136,5 @@ def test_a_published_name_is_not_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"converters\.load_pretrained\('dinov2_vits14'\) loads it"):
         dinojax.load("dinov2_vits14")
+    with pytest.raises(UserError, match=r"did you mean converters\.load_pretrained\('dinov2_vitb14'\)"):
+        dinojax.load("dinov2_vit_b14")
