@@ -161,7 +161,7 @@ def _raise_if_name(path: str) -> None:
         raise UserError(f"{path} is a published model, not a folder: converters.load_pretrained({path!r}) loads it")
     if names:
         raise UserError(
-            f"{path} is not a folder; did you mean converters.load_pretrained({names[0]!r}), which loads a published model?"
+            f"{path} is not a folder; did you mean converters.load_pretrained({names[0]!r}), a published model?"
         )
 
 
