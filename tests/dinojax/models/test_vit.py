@@ -102,7 +102,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     np.testing.assert_array_equal(drop_path(x, 0.3, None), x)
 
 
-def test_drop_path_is_drawn_only_with_a_key_and_anew_in_every_block():
+def test_drop_path_is_drawn_only_with_a_key_and_for_each_block():
     vit = model(dataclasses.replace(SMALL, drop_path_rate=0.5))
     assert [block.drop_path_rate for block in vit.blocks] == [0.0, 0.25, 0.5]
     x = images(batch=16)
