@@ -1,6 +1,7 @@
 """Exported programs beside the model itself, ViT-S/14 at 224 px with random weights, img/s.
 
-    python -m benchmarks.exported    5 rounds; on two CPU cores a few minutes
+    python -m benchmarks.exported            10 rounds, two minutes on two CPU cores
+    python -m benchmarks.exported --quick    5 rounds, one minute
 
 The model under `jax.jit`, its StableHLO file under `jax.export`, and its ONNX file under onnxruntime see the same
 images in float32; the largest differences of class tokens are reported. Needs the extra `onnx`.
@@ -36,8 +37,10 @@ class Config:
 
     batches: tuple[int, ...] = (1, 8)
     """Batch sizes to run."""
-    rounds: int = 5
+    rounds: int = 10
     """Number of rounds."""
+    quick: bool = False
+    """Whether to run 5 rounds only."""
     out: Path | None = None
     """File that the JSON is also written to."""
 
@@ -47,12 +50,12 @@ def main() -> None:
     import tyro
 
     config = tyro.cli(Config, prog="python -m benchmarks.exported", description=__doc__)
-    rows = {}
+    rows, rounds = {}, 5 if config.quick else config.rounds
     with tempfile.TemporaryDirectory() as folder:
         variants = [Variant(name, f"benchmarks.exported:prepare_{name}", {"folder": folder}) for name in
                     (OURS, STABLEHLO, ONNX)]  # fmt: skip
         _export(Path(folder))
-        for batch, found in compare(variants, config.batches, control=OURS, rounds=config.rounds, progress=_progress):
+        for batch, found in compare(variants, config.batches, control=OURS, rounds=rounds, progress=_progress):
             rows[f"batch {batch}"] = _row(batch, found)
             print(table(f"batch {batch}", rows[f"batch {batch}"]), flush=True)
     ratios = {name: row["ratio"]["median"] for name, row in rows.items()}
