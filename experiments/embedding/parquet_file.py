@@ -66,7 +66,7 @@ def write(path: Path, layout: Layout, chunks: Chunks) -> None:
 
 
 def seal_footer(file: BinaryIO) -> None:
-    """Writes the hash of the footer into the footer of a complete file, in the place of zeros."""
+    """Replaces the zeros in the footer of a complete file by the hash of that footer."""
     start, footer = _footer(file)
     place = footer.index(_FOOTER_MARK) + len(_FOOTER_MARK)
     file.seek(start + place)

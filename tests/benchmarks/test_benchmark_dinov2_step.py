@@ -128,7 +128,8 @@ def test_flops_of_the_full_row_are_those_that_xla_counts():
     trainer = jax_dino.DINOv2Trainer(model, dinov2_work.DINOv2Recipe(), most_masked=int(masks.sum()))
     crops = [jax.ShapeDtypeStruct((crops, row.batch, size, size, 3), jnp.float32) for crops, size in row.groups]
     counted = trainer.jitted.lower(trainer.state, crops, masks).cost_analysis()["flops"]
-    assert counted == pytest.approx(row.flops, rel=0.02)
+    # XLA counts the element-wise work too: 0.7 % measured. The formula counts matrix products alone.
+    assert row.flops < counted < 1.01 * row.flops
 
 
 def test_our_head_has_rows_for_every_mask_of_the_rows():

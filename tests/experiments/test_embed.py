@@ -25,6 +25,7 @@ from experiments.runs.settings import create
 REPOSITORY = Path(__file__).parents[2]
 TINY = ViTConfig(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=2)
 SHAPES = {"z.png": (20, 31), "a/2.png": (16, 16), "a/10.jpg": (40, 17), "a/b/c/deep.webp": (9, 50), "B/x.PNG": (33, 30)}
+HALF = {"rtol": 2**-11, "atol": 2e-6}  # float16 keeps 11 bits; 1e-6 is what float32 leaves
 ORDER = ["B/x.PNG", "a/10.jpg", "a/2.png", "a/b/c/deep.webp", "z.png"]
 
 
@@ -81,7 +82,7 @@ def test_the_numbers_are_the_models(weights, photos, tmp_path, suffix, capsys):
         np.testing.assert_allclose(table.arrays["mean_patch"][row], patches.mean(axis=0), atol=1e-6, rtol=0)
         maps = table.arrays["dense"][row]
         assert (maps.shape, maps.dtype) == ((4, 4, 24), np.float16)
-        np.testing.assert_allclose(maps.reshape(16, 24), patches, atol=2e-3, rtol=1e-3)  # half precision
+        np.testing.assert_allclose(maps.reshape(16, 24), patches, **HALF)
     said = capsys.readouterr().out
     assert "5 images in" in said and f"out{suffix}: 5 images, cls, cls_2, cls_3, mean_patch, dense of 24" in said
     assert not list(tmp_path.glob(".*"))
@@ -204,7 +205,7 @@ def test_patch_maps_of_many_blocks_are_in_order(weights, tmp_path, monkeypatch):
     assert table.paths == ("0.png", "1.png", "2.png", "4.png", "5.png")
     for row, name in enumerate(table.paths):
         patches = by_hand(weights, tmp_path / "photos" / name)[1]
-        np.testing.assert_allclose(table.arrays["dense"][row].reshape(16, 24), patches, atol=2e-3, rtol=1e-3)
+        np.testing.assert_allclose(table.arrays["dense"][row].reshape(16, 24), patches, **HALF)
 
 
 def test_blocks_that_an_error_leaves_are_used_under_the_same_settings_alone(weights, tmp_path, monkeypatch):
