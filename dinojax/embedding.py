@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from dinojax.errors import UserError
 from dinojax.models.chunks import images_in_cache, in_chunks
 from dinojax.models.vit import VisionTransformer
+from dinojax.precision import matmul_precision
 
 _ON_ACCELERATORS = 256
 
@@ -60,8 +61,6 @@ def default_batch(model: VisionTransformer, shape: tuple[int, ...]) -> int:
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(graphdef: nnx.GraphDef, state: Any, images: Array) -> tuple[Array, Array]:
     model = nnx.merge(graphdef, state)
-    # Accelerators would otherwise multiply float32 in lower precision.
-    highest = model.cls_token[...].dtype == jnp.float32
-    with jax.default_matmul_precision("highest" if highest else "default"):
+    with jax.default_matmul_precision(matmul_precision(model.cls_token[...].dtype)):
         features = in_chunks(model, model.config, images)
     return features.cls_token.astype(jnp.float32), features.patch_tokens.astype(jnp.float32).mean(axis=1)

@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+import dinojax
 from converters import load_pretrained
 from dinojax.maps import cls_attention, pca_maps, value_range
 
 FILE = Path(__file__).parent / "images" / "dahlia_and_pavilion.png"
-MEAN, STD = (0.4913, 0.4821, 0.4465), (0.2452, 0.2428, 0.2606)  # of the images that the model was trained on
-WIDTH, HEIGHT = 240, 160  # pixels that the model sees
+HEIGHT = 160  # pixels that the model sees
 HEADS = (2, 3)  # of four, from 0
 TITLES = ("photo", "attention, head 3", "attention, head 4", "patch PCA")
 
@@ -30,10 +30,9 @@ TITLES = ("photo", "attention, head 3", "attention, head 4", "patch PCA")
 def main() -> None:
     """Draws the picture."""
     model = load_pretrained("dinojax_vitt")
-    rows, columns = HEIGHT // model.config.patch_size, WIDTH // model.config.patch_size
     photos = [Image.fromarray(load_sample_image(name)) for name in ("flower.jpg", "china.jpg")]
-    pixels = np.stack([np.asarray(photo.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)) for photo in photos])
-    images = ((pixels / 255 - MEAN) / STD).astype(np.float32)
+    images = dinojax.preprocess(photos, model, size=HEIGHT, crop=False)
+    rows, columns = (side // model.config.patch_size for side in images.shape[1:3])
     attention = cls_attention(jax.jit(lambda model, x: model.get_last_selfattention(x))(model, images), rows, columns)
     tokens = np.asarray(jax.jit(lambda model, x: model(x).patch_tokens)(model, images))
 

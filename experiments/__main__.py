@@ -20,7 +20,7 @@ COMMANDS = {
     "embed": ("experiments.embed", "features of every photo in a folder, as a table"),
     "visualize": ("experiments.visualize", "attention, patch PCA and patch similarity of photos"),
     "finetune": ("experiments.finetune_folder", "train a classifier on a folder of images"),
-    "pretrain": ("experiments.pretrain", "train DINO from scratch on images without labels"),
+    "pretrain": ("experiments.pretrain", "train DINO or DINOv2 on images without labels"),
     "summarize": ("experiments.summarize", "mean and deviation of several runs, as a table"),
     "search": ("experiments.search", "the images of an embedding file that are most similar to a photo"),
     "duplicates": ("experiments.duplicates", "groups of near-duplicates in an embedding file"),

@@ -85,9 +85,9 @@ def preprocess(
     if len(shapes) > 1:
         shown = " and ".join(f"{width}×{height}" for height, width in shapes[:2])
         raise UserError(f"with crop=False the images have several sizes ({shown} px); pass them one at a time")
-    fractions = [x.astype(np.float32) / 255 if x.dtype == np.uint8 else x for x in prepared]
-    mean, std = (np.asarray(values, np.float32) for values in (spec.mean, spec.std))
-    return (np.stack(fractions) - mean[None, None, None]) / std[None, None, None]
+    if len({pixels.dtype for pixels in prepared}) > 1:  # photos, and arrays of floats
+        prepared = [x.astype(np.float32) / 255 if x.dtype == np.uint8 else x for x in prepared]
+    return np.array(normalize(np.stack(prepared), spec))
 
 
 def normalize(

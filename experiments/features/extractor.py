@@ -26,9 +26,12 @@ from tqdm import tqdm
 from converters.cache import cache_folder
 from dinojax.embedding import default_batch
 from dinojax.errors import UserError
+from dinojax.images import normalize
 from dinojax.models.chunks import in_chunks
 from dinojax.models.files import named_parameters
+from dinojax.models.preprocessing import Preprocessing
 from dinojax.models.vit import VisionTransformer
+from dinojax.precision import matmul_precision
 from experiments.data.splits import Split, digest
 from experiments.data.squares import load_square
 from experiments.features.backbones import Normalisation
@@ -249,14 +252,12 @@ def make_forward(
     graphdef, state = nnx.split(model)
     state = jax.tree.map(lambda x: x.astype(dtype), state)
     blocks = min(blocks, model.config.depth)
-    mean, std = (jnp.asarray(numbers, jnp.float32)[None, None, None] for numbers in normalisation)
-    # Accelerators would otherwise multiply float32 in lower precision.
-    precision = "highest" if dtype == jnp.float32 else "default"
+    preprocessing = Preprocessing(*normalisation)
 
     @jax.jit
     def forward(state, pixels):
-        images = (pixels.astype(jnp.float32) / 255 - mean) / std
-        with jax.default_matmul_precision(precision):
+        images = normalize(pixels, preprocessing)
+        with jax.default_matmul_precision(matmul_precision(dtype)):
             network = nnx.merge(graphdef, state)
             last_blocks = partial(network.get_intermediate_layers, n=blocks, return_class_token=True)
             layers = in_chunks(last_blocks, model.config, images.astype(dtype))

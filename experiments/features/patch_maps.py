@@ -13,6 +13,8 @@ from jaxtyping import Float, UInt8
 
 from dinojax import maps
 from dinojax.errors import UserError
+from dinojax.models.preprocessing import Preprocessing
+from dinojax.precision import matmul_precision
 from experiments.features.backbones import Normalisation
 from experiments.runs.settings import Dtype, resolve_dtype
 
@@ -68,19 +70,19 @@ class Mapper:
     """
 
     def __init__(self, model: "VisionTransformer", normalisation: Normalisation, dtype: Dtype):
+        from dinojax.images import normalize  # here, because it loads Pillow
+
         self.dtype = jnp.dtype(resolve_dtype(dtype))
         self.config = model.config
         graphdef, state = nnx.split(model)
         self._state = jax.tree.map(lambda x: x.astype(self.dtype), state)
         self._compiled = {}
-        mean, std = (jnp.asarray(numbers, jnp.float32)[None, None] for numbers in normalisation)
-        # Accelerators would otherwise multiply float32 in lower precision.
-        precision = "highest" if self.dtype == jnp.float32 else "default"
+        preprocessing = Preprocessing(*normalisation)
 
         def forward(state, pixels):
-            images = ((pixels.astype(jnp.float32) / 255 - mean) / std).astype(self.dtype)[None]
+            images = normalize(pixels[None], preprocessing).astype(self.dtype)
             grid = [side // self.config.patch_size for side in pixels.shape[:2]]
-            with jax.default_matmul_precision(precision):
+            with jax.default_matmul_precision(matmul_precision(self.dtype)):
                 model = nnx.merge(graphdef, state)
                 # XLA computes the blocks that both have in common once.
                 attention, features = model.get_last_selfattention(images), model(images).patch_tokens
