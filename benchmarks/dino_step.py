@@ -30,9 +30,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.dino_work import CPU_STEPS, CROPS, GPU_STEPS, QUICK_STEPS, CropRow, StepRow
-from benchmarks.dinov2_work import DINOV2_CPU, DINOV2_GPU, DINOV2_QUICK, DINOv2Row
-from benchmarks.paired import CONTROL, CONTROL_BOUND, Comparison, Variant, compare, finish, has_gpu, table, throughput
+from benchmarks.work.dino_work import CPU_STEPS, CROPS, GPU_STEPS, QUICK_STEPS, CropRow, StepRow
+from benchmarks.work.dinov2_work import DINOV2_CPU, DINOV2_GPU, DINOV2_QUICK, DINOv2Row
+from benchmarks.work.paired import (
+    CONTROL,
+    CONTROL_BOUND,
+    Comparison,
+    Variant,
+    compare,
+    finish,
+    has_gpu,
+    table,
+    throughput,
+)
 
 Row = StepRow | DINOv2Row | CropRow
 OURS, FROM_PIXELS, PILLOW, EAGER = "dinojax", "dinojax from uint8", "pillow, 1 thread", "torch eager"
@@ -103,17 +113,17 @@ def _progress(text: str) -> None:
 def _groups(work: Row, start: dict[str, Any], *, gpu: bool, quick: bool) -> list[tuple[str, list[Variant]]]:
     """The control and the variants of each group; ours comes first: it writes the parameters that the others load."""
     if isinstance(work, CropRow):
-        pillow = Variant(PILLOW, "benchmarks.pillow_crops:prepare", start)
-        return [(PILLOW, [Variant(OURS, "benchmarks.jax_dino:prepare_crops", start), pillow])]
+        pillow = Variant(PILLOW, "benchmarks.work.pillow_crops:prepare", start)
+        return [(PILLOW, [Variant(OURS, "benchmarks.work.jax_dino:prepare_crops", start), pillow])]
     dinov2 = isinstance(work, DINOv2Row)
-    ours = [Variant(OURS, f"benchmarks.jax_dino:prepare_{'dinov2_' if dinov2 else ''}step", start)]
+    ours = [Variant(OURS, f"benchmarks.work.jax_dino:prepare_{'dinov2_' if dinov2 else ''}step", start)]
     if gpu and not dinov2:
         ours.append(Variant(FROM_PIXELS, ours[0].prepare, start | {"raw": True}))
     modes = ["eager", *([] if quick else ["default", "max-autotune"] if gpu else ["default"])]
     torch = [
         Variant(
             f"torch {'' if mode == 'eager' else 'compile '}{mode}{', cuDNN attention' if cudnn else ''}",
-            f"benchmarks.torch_dino{'v2' if dinov2 else ''}:prepare",
+            f"benchmarks.work.torch_dino{'v2' if dinov2 else ''}:prepare",
             start | {"mode": mode, "cudnn": cudnn},
         )
         for cudnn in ([False, True] if gpu and not quick else [False])

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from benchmarks.paired import finish
+from benchmarks.work.paired import finish
 
 PLAIN, WHITENED = "plain", "whitened"
 THRESHOLDS = {PLAIN: (0.9, 0.95, 0.97, 0.98, 0.99, 0.995), WHITENED: (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)}

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paired import (
+from benchmarks.work.paired import (
     CONTROL,
     CONTROL_BOUND,
     Comparison,

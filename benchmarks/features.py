@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paired import (
+from benchmarks.work.paired import (
     CONTROL,
     CONTROL_BOUND,
     Comparison,

@@ -22,8 +22,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.dino_work import GPU_PROOF_BATCH
-from benchmarks.paired import CONTROL, CONTROL_BOUND, Comparison, Variant, compare, finish, has_gpu, table, throughput
+from benchmarks.work.dino_work import GPU_PROOF_BATCH
+from benchmarks.work.paired import (
+    CONTROL,
+    CONTROL_BOUND,
+    Comparison,
+    Variant,
+    compare,
+    finish,
+    has_gpu,
+    table,
+    throughput,
+)
 
 OURS, EAGER = "dinojax", "torch eager"
 MODES = ("linear", "finetune", "llrd", "lora")

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.dino_work import Arrays, differences, first_steps
 from benchmarks.finetune import Recipe, Row
-from benchmarks.paired import Prepared
+from benchmarks.work.dino_work import Arrays, differences, first_steps
+from benchmarks.work.paired import Prepared
 
 Inputs = tuple[Any, Any]  # images and labels
 _TO_OUR_NAMES = (
@@ -126,7 +126,7 @@ def prepare_jax(row: str, works: dict[str, Any], start: str) -> Prepared:
     import jax
     import jax.numpy as jnp
 
-    from benchmarks.jax_dino import timed
+    from benchmarks.work.jax_dino import timed
 
     work, folder, gpu = Row(**works[row]), Path(start, row), jax.default_backend() == "gpu"
     trainer = OurTrainer(work, work.recipe)
@@ -249,7 +249,7 @@ def prepare_torch(
     """
     import torch
 
-    from benchmarks.torch_dino import mixed, timed
+    from benchmarks.work.torch_dino import mixed, timed
 
     work, gpu, folder = Row(**works[row]), torch.cuda.is_available(), Path(start, row)
     device = "cuda" if gpu else "cpu"
@@ -312,7 +312,7 @@ def _torch_network(row: Row, recipe: Recipe) -> Any:
     import torch
     import transformers
 
-    from benchmarks.torch_dino import Attention
+    from benchmarks.work.torch_dino import Attention
 
     class OneProjection(Attention):
         def forward(self, x: torch.Tensor, *mask: Any, **options: Any) -> tuple[torch.Tensor, None]:

@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paired import CONTROL, CONTROL_BOUND, Comparison, Variant, compare, finish, has_gpu
-from benchmarks.probe_work import CLASSES, DIM, KNN_TEST, SWEEP_STEPS, TEST, TOKENS, TRAIN
+from benchmarks.work.paired import CONTROL, CONTROL_BOUND, Comparison, Variant, compare, finish, has_gpu
+from benchmarks.work.probe_work import CLASSES, DIM, KNN_TEST, SWEEP_STEPS, TEST, TOKENS, TRAIN
 
 OURS, TORCH, SKLEARN = "dinojax", "torch", "scikit-learn"
 
@@ -84,7 +84,8 @@ def _variants(row: Row, start: Path) -> list[Variant]:
     functions = {OURS: "jax", TORCH: "torch", SKLEARN: "sklearn"}
     arguments = {"start": str(start)}
     return [
-        Variant(name, f"benchmarks.probe_work:prepare_{functions[name]}", arguments) for name in (OURS, *row.ratios)
+        Variant(name, f"benchmarks.work.probe_work:prepare_{functions[name]}", arguments)
+        for name in (OURS, *row.ratios)
     ]
 
 

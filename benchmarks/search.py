@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paired import finish, seconds
+from benchmarks.work.paired import finish, seconds
 
 DIM, K = 384, 10
 

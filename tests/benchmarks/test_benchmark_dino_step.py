@@ -10,7 +10,7 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import dino_work, jax_dino, pillow_crops, torch_dino
+from benchmarks.work import dino_work, jax_dino, pillow_crops, torch_dino
 from converters.torch_to_flax import to_torch
 from tests.support import pillow_reference
 

@@ -11,7 +11,7 @@ from flax import nnx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import dino_work, dinov2_work, jax_dino, torch_dinov2
+from benchmarks.work import dino_work, dinov2_work, jax_dino, torch_dinov2
 from converters.torch_to_flax import to_torch
 
 MODEL = dino_work.Model(

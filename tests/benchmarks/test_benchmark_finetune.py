@@ -12,8 +12,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import dino_work, finetune
+from benchmarks import finetune
 from benchmarks.finetune_work import OurTrainer, TorchTrainer, random_batch, same_work, to_torch
+from benchmarks.work import dino_work
 
 pytestmark = pytest.mark.slow  # minutes of compilation; run by make test-all
 

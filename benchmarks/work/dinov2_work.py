@@ -1,14 +1,13 @@
 """What the DINOv2 rows of `benchmarks.dino_step` compare: the rows, their inputs and their constants.
 
-The sides are `benchmarks.jax_dino` and `benchmarks.torch_dinov2`, and `benchmarks.dino_work` proves that they do
-identical work.
+The sides are `jax_dino` and `torch_dinov2` beside this file, and `dino_work` proves that they do identical work.
 """
 
 import dataclasses
 
 import numpy as np
 
-from benchmarks.dino_work import GLOBAL_CROPS, LOCAL_CROPS, Model
+from benchmarks.work.dino_work import GLOBAL_CROPS, LOCAL_CROPS, Model
 
 # DINOv2's defaults: half of the global crops are masked, and a mask covers a tenth to a half of the patches.
 MASKED_CROPS, MASK_SHARES = 0.5, (0.1, 0.5)

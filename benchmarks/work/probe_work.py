@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paired import Prepared, warmed_up
+from benchmarks.work.paired import Prepared, warmed_up
 
 TRAIN, TEST, DIM, TOKENS, CLASSES = 50_000, 10_000, 384, 5, 10
 HELDOUT, BATCH, SWEEP_STEPS = 5_000, 128, 390  # steps: one epoch

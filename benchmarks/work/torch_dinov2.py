@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
-from benchmarks.dino_work import (
+from benchmarks.work.dino_work import (
     GLOBAL_CROPS,
     GPU_PROOF_BATCH,
     Arrays,
@@ -32,9 +32,9 @@ from benchmarks.dino_work import (
     first_steps,
     random_crops,
 )
-from benchmarks.dinov2_work import DINOV2_ROWS, LAYER_SCALE, DINOv2Recipe, random_masks
-from benchmarks.paired import Prepared
-from benchmarks.torch_dino import Backbone, Block, Head, mixed, timed, to_torch
+from benchmarks.work.dinov2_work import DINOV2_ROWS, LAYER_SCALE, DINOv2Recipe, random_masks
+from benchmarks.work.paired import Prepared
+from benchmarks.work.torch_dino import Backbone, Block, Head, mixed, timed, to_torch
 
 FIRST_LAYER = ("cls_token", "pos_embed", "mask_token", "patch_embed")
 SINKHORN_ITERATIONS = 3

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.dino_work import (
+from benchmarks.work.dino_work import (
     GLOBAL_CROPS,
     GPU_PROOF_BATCH,
     ROWS,
@@ -35,7 +35,7 @@ from benchmarks.dino_work import (
     product_tflops,
     random_crops,
 )
-from benchmarks.paired import Prepared, warmed_up
+from benchmarks.work.paired import Prepared, warmed_up
 
 
 class Attention(nn.Module):

@@ -26,7 +26,7 @@ from typing import Any
 
 from experiments.runs.host_memory import keep_freed_memory
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONTROL = "A/A control"
 CONTROL_BOUND = 0.05
 STRETCH_SECONDS = 1.0
@@ -187,7 +187,7 @@ def finish(result: dict[str, Any], out: Path | None) -> None:
 @contextmanager
 def _worker(variant: Variant) -> Iterator[subprocess.Popen]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.paired", variant.prepare, json.dumps(variant.arguments)],
+        [sys.executable, "-m", "benchmarks.work.paired", variant.prepare, json.dumps(variant.arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from benchmarks.dino_work import GLOBAL_CROPS, LOCAL_CROPS, ROWS, pictures
-from benchmarks.paired import Prepared, warmed_up
+from benchmarks.work.dino_work import GLOBAL_CROPS, LOCAL_CROPS, ROWS, pictures
+from benchmarks.work.paired import Prepared, warmed_up
 
 GLOBAL_SCALE, LOCAL_SCALE, RATIO = (0.4, 1.0), (0.05, 0.4), (3 / 4, 4 / 3)
 JITTER = (0.4, 0.4, 0.2, 0.1)

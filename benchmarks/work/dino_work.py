@@ -1,6 +1,6 @@
 """What `benchmarks.dino_step` compares: the rows, their inputs, and the proof that both sides do identical work.
 
-The sides are `benchmarks.jax_dino`, `benchmarks.torch_dino` and `benchmarks.pillow_crops`, each in its own process.
+The sides are `jax_dino`, `torch_dino` and `pillow_crops` beside this file, each in its own process.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.paired import seconds, warmed_up
+from benchmarks.work.paired import seconds, warmed_up
 
 Arrays = Mapping[str, np.ndarray]
 GLOBAL_CROPS, LOCAL_CROPS = 2, 8

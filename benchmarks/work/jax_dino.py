@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import DTypeLike
 
-from benchmarks.dino_work import (
+from benchmarks.work.dino_work import (
     GLOBAL_CROPS,
     GPU_PROOF_BATCH,
     PROOF_IMAGES,
@@ -24,7 +24,7 @@ from benchmarks.dino_work import (
     product_tflops,
     random_crops,
 )
-from benchmarks.dinov2_work import (
+from benchmarks.work.dinov2_work import (
     DINOV2_ROWS,
     LAYER_SCALE,
     MASK_SHARES,
@@ -33,7 +33,7 @@ from benchmarks.dinov2_work import (
     DINOv2Row,
     random_masks,
 )
-from benchmarks.paired import Prepared, warmed_up
+from benchmarks.work.paired import Prepared, warmed_up
 from converters.torch_to_flax import to_torch
 from dinojax.models.head import DINOHead
 from dinojax.models.vit import VisionTransformer, ViTConfig
