@@ -75,6 +75,7 @@ def test_floats_are_resized_without_rounding_to_eight_bits():
 def test_the_whole_image_keeps_its_aspect_in_whole_patches():
     assert dinojax.preprocess(PIXELS, OWN, size=32, crop=False).shape == (1, 32, 48, 3)
     assert dinojax.preprocess(PIXELS[:50], OWN, size=40, crop=False).shape == (1, 40, 72, 3)
+    assert dinojax.preprocess(PIXELS, OWN, size=37, crop=False).shape == (1, 40, 56, 3)  # nearest to 37 × 55.5
     found = dinojax.preprocess(PIXELS, size=56, crop=False)
     resized = Image.fromarray(PIXELS).resize((84, 56), Image.Resampling.BICUBIC)
     expected = (np.asarray(resized, np.float64) / 255 - IMAGENET_MEAN) / IMAGENET_STD
