@@ -155,6 +155,9 @@ def table_path(path: str | Path) -> Path:
 
 
 def _existing(path: str | Path) -> tuple[Path, ModuleType]:
+    given = Path(path).expanduser()
+    if given.is_file() and given.suffix.lower() not in _FORMATS:
+        raise UserError(f"{path} is not an embedding file; dinojax embed writes one, as {', '.join(SUFFIXES)}")
     path = table_path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such embedding file; dinojax embed writes one")

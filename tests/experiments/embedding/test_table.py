@@ -260,3 +260,9 @@ def test_rows_that_do_not_fit_are_a_bug():
     table = make_table()
     with pytest.raises(ValueError, match="6 paths do not fit"):
         EmbeddingTable("/", table.paths[1:], table.sizes, table.arrays, {})
+
+
+def test_a_file_of_another_kind_is_not_a_table(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"photo")
+    with pytest.raises(UserError, match=r"photo\.jpg is not an embedding file; dinojax embed writes one"):
+        read_table(tmp_path / "photo.jpg")
