@@ -197,7 +197,7 @@ def _plan(config: Config) -> tuple["Plan", int]:
         batch_size=settings.batch_size or pipeline.batch_of_blocks(model, size, block),
         cache_dir=config.run.cache_dir,
         blocks=rows.layers,
-        maps=rows.dense,
+        maps=int(rows.dense),
     )
     return pipeline.Plan(extractor, rows.layers, rows.patches, rows.dense, grid), model.config.patch_size
 

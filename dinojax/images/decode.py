@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt16
 from PIL import Image
 
 from dinojax.errors import UserError
@@ -89,6 +89,41 @@ def decode_rgb(file: Path | io.BytesIO, name: str, *, draft: int | None = None) 
     except UserError:
         raise
     except Exception as error:  # decoders raise whatever a damaged file makes them raise
+        raise UserError(f"{name} is not a readable image ({_reason(error, name)}); replace or remove it") from error
+
+
+def decode_values(file: Path, name: str) -> UInt8[np.ndarray, "height width"] | UInt16[np.ndarray, "height width"]:
+    """The numbers of an image with one channel, as they are stored: class indices of a mask, or depth.
+
+    Of a palette image these are the indices of the palette. Nothing is turned by an EXIF tag.
+
+    Raises:
+        UserError: the file is not a whole image of a format in `FORMATS`, or has several channels or 32-bit pixels.
+    """
+    _check_regular(file, name)
+    try:
+        with one_large_image(), Image.open(file, formats=FORMATS) as image:
+            mode = image.mode
+            if mode in ("1", "L", "P"):
+                return np.asarray(image).astype(np.uint8)
+            if mode.startswith("I;16"):
+                return np.asarray(image).astype(np.uint16)
+    except Exception as error:  # decoders raise whatever a damaged file makes them raise
+        raise UserError(f"{name} is not a readable image ({_reason(error, name)}); replace or remove it") from error
+    raise UserError(f"{name} has {mode} pixels, where one channel of 8 or 16 bits was expected; store it as such a PNG")
+
+
+def has_colours(file: Path, name: str) -> bool:
+    """Whether an image has several channels, from its header alone; a palette counts as one.
+
+    Raises:
+        UserError: as `image_size`.
+    """
+    _check_regular(file, name)
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return image.mode != "P" and len(image.getbands()) > 1
+    except Exception as error:
         raise UserError(f"{name} is not a readable image ({_reason(error, name)}); replace or remove it") from error
 
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -44,8 +44,8 @@ class Stamp(NamedTuple):
     times: str
 
 
-def find_images(folder: Path) -> Found:
-    """The image files of a folder at any depth, without hidden folders and files and `__MACOSX`.
+def find_images(folder: Path, suffixes: Collection[str] = SUFFIXES) -> Found:
+    """The image files of a folder at any depth, or those of other suffixes, without hidden ones and `__MACOSX`.
 
     Links to folders are followed after everything else was read, each folder once, and never to one that holds
     `folder`. Links to nowhere are among the files: reading them names them.
@@ -75,19 +75,19 @@ def find_images(folder: Path) -> Found:
             links = {name for name in visible if _is_link(Path(place, name))}
             folders[:] = sorted(visible - links)
             waiting.extend(Path(place, name) for name in sorted(links))
-            _sort_out(place, names, found)
+            _sort_out(place, names, found, suffixes)
     found.files.sort()
     return found
 
 
-def _sort_out(place: str, names: Iterable[str], found: Found) -> None:
+def _sort_out(place: str, names: Iterable[str], found: Found, suffixes: Collection[str]) -> None:
     """Adds the files of one folder to what was found."""
     for name in names:
         path = Path(place, name)
         suffix = path.suffix.lower()
         if name.startswith("."):
             continue
-        if suffix not in SUFFIXES:
+        if suffix not in suffixes:
             found.left_out[suffix] += 1
             if _is_link(path) and not path.exists():
                 found.notes.append(f"{path} is a link to nowhere: it is left out")

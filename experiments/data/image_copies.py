@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,11 @@ WORDS = {"train": "training", "validation": "validation", "test": "test"}
 _MIDDLE_BYTES = 4096
 
 
-def find_copies(splits: dict[str, Split]) -> list[str]:
-    """A note for each kind of copy, with an example; `splits` are by name, and of files."""
+def find_copies(splits: Mapping[str, Split], *, within: bool = True) -> list[str]:
+    """A note for each kind of copy, with an example; `splits` are by name, and of files.
+
+    Without `within`, only copies in two splits are looked for.
+    """
     ids = [name for split in splits.values() for name in split.ids]
     role = [name for name, split in splits.items() for _ in split.ids]
     labels = np.concatenate([split.labels for split in splits.values()]).tolist()
@@ -41,7 +44,7 @@ def find_copies(splits: dict[str, Split]) -> list[str]:
     for name, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
         advice = "the accuracy on such images is too high; remove one of each"
         notes += note(name, f"also among the {WORDS[other]} images", advice, lambda _, j, other=other: role[j] == other)
-    for name in splits:
+    for name in splits if within else ():
         same_split = [
             ("also in another class", "keep the right one of each", lambda i, j: labels[i] != labels[j]),
             ("a second time in the same class", "remove it", lambda i, j: labels[i] == labels[j] and i != j),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors
+from numpy.typing import DTypeLike
 from safetensors.numpy import save
 
 from dinojax.documents import sha256_of_array, write_whole
@@ -23,6 +24,7 @@ class ShardCache:
 
     folder: Path
     description: Mapping[str, object]
+    dtype: DTypeLike = np.float32
 
     def read(self, shard: int, shape: tuple[int, ...]) -> np.ndarray | None:
         """The shard, or None if it is missing, damaged, or of another type or shape."""
@@ -32,7 +34,7 @@ class ShardCache:
                 array, sha256 = file.get_tensor(_NAME), file.metadata()["sha256"]
         except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None
-        if array.dtype != np.float32 or array.shape != shape:
+        if array.dtype != self.dtype or array.shape != shape:
             return None
         # Releases before 0.2 left type and shape out of the hash; both are checked above.
         return array if sha256 in (sha256_of_array(array), hashlib.sha256(array.data).hexdigest()) else None

@@ -74,7 +74,7 @@ class FeatureExtractor:
     """A model, the transform of its images, and the folder of cached features.
 
     `fingerprint` identifies the model, `parameters` is the number of its parameters, `dtype` its number type;
-    `shape` is that of an image's tokens.
+    `shape` is that of an image's tokens, `grid` the number of patches along a side.
 
     Args:
         model: of any size.
@@ -85,7 +85,7 @@ class FeatureExtractor:
         batch_size: images per pass; None is what a CPU's cache holds (8 with ViT-S/14 at 224 px), 256 on accelerators.
         cache_dir: its folder `features/`, here `root`, holds the features; None takes `converters.cache.cache_folder`.
         blocks: number of the last blocks whose CLS tokens are kept; at most as many as the model has.
-        maps: whether `finished` also gives the last block's patch tokens, which `extract` does not.
+        maps: number of last blocks whose patch tokens, joined, `finished` also gives; `extract` does not.
 
     Raises:
         UserError: a size that the model does not take.
@@ -101,7 +101,7 @@ class FeatureExtractor:
         dtype: Dtype = "auto",
         batch_size: int | None = None,
         blocks: int = LAST_BLOCKS,
-        maps: bool = False,
+        maps: int = 0,
     ):
         check_image_size(model, image_size)
         self.image_size = image_size
@@ -109,6 +109,7 @@ class FeatureExtractor:
         self.batch_size = min(batch_size or default_batch(model, (1, image_size, image_size, 3)), _SHARD_IMAGES)
         blocks = min(blocks, model.config.depth)
         self.shape = (blocks + 1, model.config.embed_dim)
+        self.grid = image_size // model.config.patch_size
         self.root = cache_folder(cache_dir) / "features"
         self.fingerprint = fingerprint(model)
         self.parameters = sum(array.size for array in named_parameters(model).values())
@@ -242,12 +243,12 @@ def make_forward(
     dtype: np.dtype,
     *,
     blocks: int = LAST_BLOCKS,
-    maps: bool = False,
+    maps: int = 0,
 ) -> Callable[[UInt8[np.ndarray, "batch size size 3"]], tuple[Array, ...]]:
     """From uint8 pixels to float32 tokens "batch tokens dim" (see the top of the file).
 
-    With `maps`, float16 patch tokens "batch rows columns dim" are the second output. The parameters are cast to `dtype`
-    once.
+    With `maps`, the float16 patch tokens of that many last blocks, "batch rows columns maps·dim", are the second
+    output. The parameters are cast to `dtype` once.
     """
     graphdef, state = nnx.split(model)
     state = jax.tree.map(lambda x: x.astype(dtype), state)
@@ -264,8 +265,11 @@ def make_forward(
         patches = layers[-1][0].astype(jnp.float32)
         cls_tokens = [cls_token.astype(jnp.float32) for _, cls_token in layers]
         tokens = jnp.stack([*cls_tokens, patches.mean(axis=1)], axis=1)
+        if not maps:
+            return (tokens,)
         grid = [side // model.config.patch_size for side in pixels.shape[1:3]]
-        return (tokens, patches.reshape(len(pixels), *grid, -1).astype(jnp.float16)) if maps else (tokens,)
+        joined = jnp.concatenate([patches for patches, _ in layers[-maps:]], axis=-1)
+        return tokens, joined.reshape(len(pixels), *grid, -1).astype(jnp.float16)
 
     return lambda pixels: forward(state, pixels)
 

@@ -13,7 +13,10 @@ from experiments.runs.records import RESULT_FILE
 
 TUNED_MODEL = "model"  # folder of the tuned backbone in that of its mode
 _REMEDY = "repeat the run that wrote it"
-_WITHOUT_NETWORK = (Kind.PROBE, Kind.EVALUATION, Kind.FIGURES, Kind.PREDICTIONS, Kind.UNFINISHED_TUNING)
+_WITHOUT_NETWORK = (
+    *(Kind.PROBE, Kind.EVALUATION, Kind.DENSE, Kind.FIGURES, Kind.PREDICTIONS),
+    Kind.UNFINISHED_TUNING,
+)
 
 
 def backbone_of_run(weights: str) -> str:
@@ -66,7 +69,7 @@ def _tuned(folder: Path) -> str:
 
 def _probed(folder: Path, kind: Kind) -> str | None:
     """The weights that an evaluation has recorded."""
-    files = {Kind.PROBE: INDEX_FILE, Kind.EVALUATION: RESULT_FILE}
+    files = {Kind.PROBE: INDEX_FILE, Kind.EVALUATION: RESULT_FILE, Kind.DENSE: RESULT_FILE}
     if kind not in files:
         return None
     document: dict[str, Any] = read_document(folder / files[kind], files=[], remedy=_REMEDY)

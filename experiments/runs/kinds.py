@@ -14,6 +14,7 @@ from experiments.runs.records import CONFIG_FILE, METRICS_FILE, RESULT_FILE, TRA
 
 NETWORKS = ("teacher", "student")
 INDEX_FILE = "classifiers.json"
+DENSE_FILE = "dense.json"
 _MOST_BYTES = 64 * 2**20  # of a document that is looked into
 
 
@@ -28,6 +29,7 @@ class Kind(enum.Enum):
     TUNING = "a fine-tuning"
     TUNED = "a finished mode of a fine-tuning"
     UNFINISHED_TUNING = "a fine-tuning that has not ended"
+    DENSE = "a run of `dinojax dense`"
     FIGURES = "the output of `dinojax visualize`"
     PREDICTIONS = "the output of `dinojax predict`"
     OTHER = "no run"
@@ -43,6 +45,7 @@ _TAKEN = {
     Kind.TUNING: "`dinojax summarize {}` takes it",
     Kind.TUNED: "`dinojax predict IMAGES --run {}` and --weights take it",
     Kind.UNFINISHED_TUNING: "repeat its command, which resumes it",
+    Kind.DENSE: "`dinojax predict IMAGES --run {}` and `dinojax summarize {}` take it",
     Kind.FIGURES: "its figures are the result",
     Kind.PREDICTIONS: "predictions.csv in it is the result",
     Kind.OTHER: "name the run folder of a command",
@@ -61,6 +64,8 @@ def kind_of(folder: Path) -> Kind:
         return Kind.UNFINISHED_PRETRAINING
     if (folder / INDEX_FILE).is_file():
         return Kind.PROBE
+    if (folder / DENSE_FILE).is_file():
+        return Kind.DENSE
     if "rows" in _document(folder / RESULT_FILE):
         return Kind.EVALUATION
     kinds = {kind_of_mode(folder / mode) for mode in MODES}
