@@ -34,7 +34,18 @@ __all__ = [
     "save",
 ]
 
-_MODULES = ("checkpoint", "finetune", "image_ops", "images", "maps", "models", "pretraining", "probes", "retrieval")
+_MODULES = (
+    "checkpoint",
+    "dense",
+    "finetune",
+    "image_ops",
+    "images",
+    "maps",
+    "models",
+    "pretraining",
+    "probes",
+    "retrieval",
+)
 _HOMES = {"Embeddings": "embedding", "UserError": "errors", "embed": "embedding"} | dict.fromkeys(
     ("normalize", "preprocess"), "images"
 )

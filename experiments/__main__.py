@@ -15,11 +15,12 @@ from dinojax.errors import UserError
 # Command: the module whose `main` it is, and what `dinojax --help` says of it.
 COMMANDS = {
     "probe": ("experiments.cifar10_probe", "nine classifiers on frozen features, in one table"),
-    "predict": ("experiments.predict", "classify images with the classifiers of an earlier run"),
+    "predict": ("experiments.predict", "classify images, or their pixels, with an earlier run"),
     "evaluate": ("experiments.evaluate", "k-NN, linear and few-shot accuracy of a trained network"),
     "embed": ("experiments.embed", "features of every photo in a folder, as a table"),
     "visualize": ("experiments.visualize", "attention, patch PCA and patch similarity of photos"),
     "finetune": ("experiments.finetune_folder", "train a classifier on a folder of images"),
+    "dense": ("experiments.dense", "train a segmentation or depth head on images and their masks"),
     "pretrain": ("experiments.pretrain", "train DINO or DINOv2 on images without labels"),
     "summarize": ("experiments.summarize", "mean and deviation of several runs, as a table"),
     "search": ("experiments.search", "the images of an embedding file that are most similar to a photo"),

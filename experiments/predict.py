@@ -1,11 +1,16 @@
-"""Classifies images with the classifiers that a run of cifar10_probe or finetune_folder has saved.
+"""Classifies images, or their pixels, with what a run of cifar10_probe, finetune_folder or dense has saved.
 
     python -m experiments.predict cat.jpg --run runs/cifar10_probe/20250101-120000
     python -m experiments.predict path/to/images --run RUN_DIR --classifiers linear,knn
+    python -m experiments.predict photo.jpg --run runs/dense/20250101-120000 --image-size 1024
 
 Nothing is trained. The backbone must be the one of the run, down to its last parameter. A folder is searched at any
 depth; its files that are not readable images are named and left out. The output folder gets predictions.csv,
 predictions.png with the first 12 images, and config.json.
+
+With a run of `dinojax dense`, each photo gets NAME_mask.png, class indices with the classes' colours as palette, or
+NAME_depth.npy in metres, at the photo's own size, and NAME_overlay.png. A photo that is larger than the head's windows
+is cut into overlapping ones, whose scores are blended; memory does not grow with their number.
 """
 
 import dataclasses
@@ -21,7 +26,17 @@ from dinojax.commands import exit_on_user_error
 from dinojax.errors import UserError
 from experiments.features.backbones import is_random, load_backbone, short_name
 from experiments.runs.command_line import command_line
-from experiments.runs.settings import UNIMPORTANT, BatchSettings, Flags, FolderSettings, check_bounds, flat
+from experiments.runs.kinds import Kind, kind_of
+from experiments.runs.settings import (
+    BELOW_ONE,
+    POSITIVE,
+    UNIMPORTANT,
+    BatchSettings,
+    Flags,
+    FolderSettings,
+    check_bounds,
+    flat,
+)
 
 if TYPE_CHECKING:
     from experiments.data.splits import Split
@@ -41,6 +56,19 @@ class RunBackbone(BatchSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class DenseInference:
+    """How photos go through a head of `dinojax dense`. Classifiers take none of these."""
+
+    image_size: Annotated[int | None, POSITIVE] = None
+    """Pixels that the shorter side of each photo is resized to. None takes the size of the run. A larger one shows
+    smaller things, in more windows."""
+    scales: tuple[float, ...] | None = None
+    """Sizes of the photos as multiples of --image-size, whose predictions are averaged. None takes those of the run."""
+    overlap: Annotated[float | None, BELOW_ONE] = None
+    """Least share of a window that the next one covers too. None takes that of the run."""
+
+
+@dataclasses.dataclass(frozen=True)
 class PredictionFolders(FolderSettings):
     """The folders that are written to."""
 
@@ -55,15 +83,18 @@ class Config:
     image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     """An image file (JPEG, PNG, WebP and others), or a folder of them."""
     run: Path
-    """Run folder of `dinojax probe` or `dinojax finetune`, or the folder of one mode of the latter."""
+    """Run folder of `dinojax probe`, `dinojax finetune` or `dinojax dense`, or the folder of one mode of the second."""
     classifiers: str = "all"
     """Comma-separated classifiers that the run has saved, such as linear,knn, or all of them."""
     model: Flags[RunBackbone] = RunBackbone()
+    dense: Flags[DenseInference] = DenseInference()
     output: Flags[PredictionFolders] = PredictionFolders()
 
 
-def run(config: Config) -> dict[str, "Prediction"]:
+def run(config: Config) -> "dict[str, Prediction] | dict[str, Path]":
     """Classifies the readable images, in the order of their names; returns the predictions of each classifier.
+
+    With a run of `dinojax dense`, it writes a mask or a depth map of each, and returns their files by photo.
 
     Raises:
         UserError: images, a run or a classifier that does not exist, or a backbone that is not the run's.
@@ -72,6 +103,11 @@ def run(config: Config) -> dict[str, "Prediction"]:
     from experiments.runs import records
 
     check_bounds(config)
+    if kind_of(config.run.expanduser()) is Kind.DENSE:
+        return _dense(config)
+    for name, value in flat(config.dense).items():
+        if value is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for runs of `dinojax dense`, which {config.run} is not")
     folder = run_with_classifiers(config.run.expanduser())
     index = read_index(folder)
     if "normalisation" not in index:
@@ -93,6 +129,30 @@ def run(config: Config) -> dict[str, "Prediction"]:
     for file in ("predictions.csv", "predictions.png"):
         print(f"  {out / file}")
     return found
+
+
+def _dense(config: Config) -> dict[str, Path]:
+    """Masks or depth maps of the photos."""
+    from experiments.dense_tasks.config import check_scales
+    from experiments.dense_tasks.head_file import load_head
+    from experiments.dense_tasks.prediction import predict_photos, prepare_inference
+
+    if config.classifiers != "all":
+        raise UserError(
+            f"--classifiers {config.classifiers}: a run of `dinojax dense` holds one head and no classifiers"
+        )
+    if config.dense.scales is not None:
+        check_scales(config.dense.scales)
+    folder = config.run.expanduser()
+    inference = prepare_inference(
+        load_head(folder),
+        weights=config.model.weights,
+        batch_size=config.model.batch_size,
+        cache_dir=config.output.cache_dir,
+        **flat(config.dense),
+    )
+    out = config.output.out or folder / "predictions" / time.strftime("%Y%m%d-%H%M%S")
+    return predict_photos(inference, config.image.expanduser(), out, flat(config))
 
 
 def _images(path: Path) -> "Split":

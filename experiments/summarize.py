@@ -29,7 +29,7 @@ class Config:
     """A summary of runs."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS…", help_behavior_hint="")]
-    """Folders of evaluations, trainings or fine-tunings, or folders that hold them at any depth."""
+    """Folders of evaluations, trainings, fine-tunings or dense heads, or folders that hold them at any depth."""
     out: Path | None = None
     """Markdown file that the tables are also written to."""
 
@@ -48,13 +48,16 @@ def run(config: Config) -> Result:
         UserError: no runs, or a damaged one.
     """
     from experiments.summaries import evaluations as summary
+    from experiments.summaries.dense import dense_heads, read_dense
     from experiments.summaries.finetunings import finetunings, read_tuned
     from experiments.summaries.results import read_runs
 
     tuned = {path.expanduser(): runs for path in config.runs if (runs := read_tuned(path))}
-    groups = summary.group(read_runs(config.runs, others=tuned))
+    heads = {path.expanduser(): runs for path in config.runs if (runs := read_dense(path))}
+    groups = summary.group(read_runs(config.runs, others=tuned.keys() | heads.keys()))
     parts = [summary.overview(groups), summary.all_numbers(groups), summary.transfer(groups)] if groups else []
     parts.append(finetunings(run for runs in tuned.values() for run in runs))
+    parts.append(dense_heads(run for runs in heads.values() for run in runs))
     text = "\n\n".join(part for part in parts if part)
     print(text)
     if config.out is not None:

@@ -20,7 +20,6 @@ left out.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -216,10 +215,10 @@ def _pictures(
     sizes: Mapping[Path, tuple[int, int]], image_size: int | None, point: tuple[int, int] | None, patch: int
 ) -> list[Picture]:
     """Each image as it is shown, under a name of its own."""
-    from experiments.data.files import readable_name
+    from experiments.data.files import own_names
 
-    pictures, taken = [], set()
-    for file, (height, width) in sizes.items():
+    pictures = []
+    for name, (file, (height, width)) in zip(own_names(sizes), sizes.items()):
         shorter = min(height, width)
         resized = tuple(int((image_size or shorter) * side / shorter) for side in (height, width))
         size = tuple(side // patch * patch for side in resized)
@@ -231,10 +230,6 @@ def _pictures(
         x, y = point or (0, 0)
         if not (0 <= x < size[1] and 0 <= y < size[0]):
             raise UserError(f"--point {x} {y} is outside {file}, which is shown at {size[1]}×{size[0]} px")
-        stem = readable_name(file.stem)
-        names = (stem if count == 1 else f"{stem}_{count}" for count in itertools.count(1))
-        name = next(name for name in names if name.casefold() not in taken)
-        taken.add(name.casefold())
         pictures.append(Picture(name, file, resized, size))
     return pictures
 

@@ -78,6 +78,7 @@ def test_commands_never_import_each_other():
         ["-m", "experiments.pretrain", "--help"],
         ["-m", "experiments.pretrain_folder", "--help"],
         ["-m", "experiments.finetune_folder", "--help"],
+        ["-m", "experiments.dense", "--help"],
         ["-m", "experiments.embed", "--help"],
         ["-m", "experiments.visualize", "--help"],
         ["-m", "experiments.evaluate", "--help"],

@@ -4,6 +4,7 @@ One search serves every command: regular files only, at any depth, without hidde
 """
 
 import hashlib
+import itertools
 import os
 import stat
 from collections import Counter, deque
@@ -152,6 +153,18 @@ def readable_images(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
         for text in (*notes_about(path.parent, {path: found}), *(f"left out: {error}" for error in errors)):
             print(text)
     return sizes
+
+
+def own_names(files: Iterable[Path]) -> list[str]:
+    """A name for the outputs of each file: its stem, with a number where another file has it, whatever its case."""
+    names, taken = [], set()
+    for file in files:
+        stem = readable_name(file.stem)
+        numbered = (stem if count == 1 else f"{stem}_{count}" for count in itertools.count(1))
+        name = next(name for name in numbered if name.casefold() not in taken)
+        taken.add(name.casefold())
+        names.append(name)
+    return names
 
 
 def split_of_files(root: Path, name: str, files: Mapping[str, Sequence[Path]], classes: Sequence[str]) -> Split:

@@ -103,9 +103,9 @@ def _lines(name: str, metrics: Mapping[str, Any]) -> list[str]:
     if "mean_iou" in metrics:
         low, high = (100 * end for end in metrics["mean_iou_interval"])
         lines = [
-            f"{name}, {metrics['images']:,} images: mean IoU {100 * metrics['mean_iou']:.1f} % (95 % interval {low:.1f} – "
-            f"{high:.1f}), pixel accuracy {100 * metrics['pixel_accuracy']:.1f} %, mean accuracy "
-            f"{100 * metrics['mean_accuracy']:.1f} %"
+            f"{name}, {metrics['images']:,} images: mean IoU {100 * metrics['mean_iou']:.1f} % "
+            f"(95 % interval {low:.1f} – {high:.1f}), pixel accuracy {100 * metrics['pixel_accuracy']:.1f} %, "
+            f"mean accuracy {100 * metrics['mean_accuracy']:.1f} %"
         ]
         shown = {key: "–" if value is None else f"{100 * value:.1f}" for key, value in metrics["class_iou"].items()}
         return lines + [f"  {key:24}{value:>6}" for key, value in list(shown.items())[:40]]

@@ -10,7 +10,7 @@ from PIL import Image
 
 import dinojax
 from dinojax import Preprocessing, VisionTransformer, ViTConfig
-from experiments import cifar10_probe, evaluate, finetune_folder, predict, summarize, visualize
+from experiments import cifar10_probe, dense, evaluate, finetune_folder, predict, summarize, visualize
 from experiments.features.backbones import load_backbone, short_name
 from experiments.features.fingerprints import fingerprint
 from experiments.runs.kinds import Kind, kind_of
@@ -28,6 +28,7 @@ FOLDERS = {
     "one mode": Kind.TUNING,
     "unfinished": Kind.UNFINISHED_TUNING,
     "unfinished/linear": Kind.UNFINISHED_TUNING,
+    "dense": Kind.DENSE,
     "figures": Kind.FIGURES,
     "predictions": Kind.PREDICTIONS,
     "empty": Kind.OTHER,
@@ -67,6 +68,13 @@ def place(tmp_path_factory):
     for name in ("metrics.json", "classifiers.json"):
         (place / "unfinished" / "linear" / name).unlink()
     (place / "unfinished" / "metrics.json").unlink()
+    for part in ("images", "masks"):
+        (place / "pairs" / part).mkdir(parents=True)
+        for i in range(3):
+            array = rng.integers(0, 3, (16, 16, 3) if part == "images" else (16, 16), dtype=np.uint8)
+            Image.fromarray(array).save(place / "pairs" / part / f"{i}.png")
+    dense.main([str(place / "pairs"), *weights, *data[3:], "--image-size", "16", "--epochs", "1",
+                "--out", str(place / "dense")])  # fmt: skip
     image = place / "images" / "red" / "0.png"
     visualize.main([str(place / "model"), str(image), "--out", str(place / "figures")])
     predict.main([str(image), "--run", str(place / "probe"), "--out", str(place / "predictions")])
@@ -98,6 +106,8 @@ NO_NETWORK = {
     "tuning": "is a fine-tuning with several modes; name one: {}/linear, {}/lora",
     "unfinished": "is a fine-tuning that has not ended and holds no network; repeat its command, which resumes it",
     "unfinished/linear": "is a fine-tuning that has not ended and holds no network; repeat its command",
+    "dense": "is a run of `dinojax dense` and holds no network; `dinojax predict IMAGES --run {}` and `dinojax summarize "
+    "{}` take it, and its network was {}/model",
     "figures": "is the output of `dinojax visualize` and holds no network; its figures are the result",
     "predictions": "is the output of `dinojax predict` and holds no network; predictions.csv in it is the result",
     "empty": "holds no weights",
@@ -138,6 +148,9 @@ def test_as_weights(place, tmp_path, capsys, folder):
 def test_as_the_run_of_predict(place, tmp_path, capsys, folder):
     arguments = [place / "images" / "blue" / "0.png", "--run", place / folder, "--out", tmp_path / "out"]
     text = said(capsys, predict.main, arguments)
+    if folder == "dense":
+        assert "predictions.csv" in text and "0_mask.png" in text
+        return
     if folder in ("probe", "tuning/linear", "tuning/lora", "one mode"):
         assert "predictions.csv" in text and f"{place}/" not in text.split("\n")[1]
         return
@@ -159,6 +172,8 @@ def test_as_a_run_of_summarize(place, capsys, folder):
         assert "k-NN, Euclidean, k = 5, balanced" in text and "16 px, validation images" in text
     elif folder in ("tuning", "tuning/linear", "tuning/lora", "one mode"):
         assert "## Fine-tuning" in text
+    elif folder == "dense":
+        assert "## Dense heads" in text and "### Segmentation" in text
     elif folder == "empty":
         assert "holds no result.json of a run" in text
     elif folder == "pretraining":  # without a result, which this one was not given
