@@ -20,8 +20,8 @@ _SCORES = {
 _TITLES = {"mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy",
            "rmse": "RMSE (m)", "abs_rel": "AbsRel", "delta1": "δ1"}  # fmt: skip
 _NOTE = (
-    "Per cent, and metres: mean ± standard deviation (number of seeds). The epoch was selected on the validation images, "
-    "so numbers on those are optimistic."
+    "Per cent, and metres: mean ± standard deviation (number of seeds). The epoch was selected on the validation "
+    "images, so numbers on those are optimistic."
 )
 
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,8 +187,6 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_one_sentence(place, tmp_path, mistake):
-    from pathlib import Path
-
     changes, words = MISTAKES[mistake]
     changes = {name: Path(value) if name in ("folder", "classes") else value for name, value in changes.items()}
     with pytest.raises(UserError, match=words):
@@ -205,11 +205,9 @@ def test_a_head_is_used_with_its_own_backbone_alone(place, run, tmp_path):
 
 
 def test_an_edited_head_is_refused(place, run, tmp_path):
-    import shutil
-
     shutil.copytree(place / "run", tmp_path / "run")
     (tmp_path / "run" / "head.safetensors").write_bytes(b"other")
-    with pytest.raises(UserError, match="head.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"head\.safetensors is damaged"):
         predicted(place, tmp_path / "run", out=tmp_path / "out")
 
 

@@ -106,8 +106,8 @@ NO_NETWORK = {
     "tuning": "is a fine-tuning with several modes; name one: {}/linear, {}/lora",
     "unfinished": "is a fine-tuning that has not ended and holds no network; repeat its command, which resumes it",
     "unfinished/linear": "is a fine-tuning that has not ended and holds no network; repeat its command",
-    "dense": "is a run of `dinojax dense` and holds no network; `dinojax predict IMAGES --run {}` and `dinojax summarize "
-    "{}` take it, and its network was {}/model",
+    "dense": "is a run of `dinojax dense` and holds no network; `dinojax predict IMAGES --run {}` and "
+    "`dinojax summarize {}` take it, and its network was {}/model",
     "figures": "is the output of `dinojax visualize` and holds no network; its figures are the result",
     "predictions": "is the output of `dinojax predict` and holds no network; predictions.csv in it is the result",
     "empty": "holds no weights",
