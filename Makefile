@@ -56,6 +56,7 @@ bench: $(DEV)  ## the speed tables of the documentation, ours beside PyTorch
 	$(BIN)/python -m benchmarks.probes
 	$(BIN)/python -m benchmarks.dino_step
 	$(BIN)/python -m benchmarks.finetune
+	$(BIN)/python -m benchmarks.dense
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build

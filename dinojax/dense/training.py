@@ -59,4 +59,4 @@ def make_head_step(
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         return HeadState(optax.apply_updates(state.parameters, updates), statistics, optimizer_state), value
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step)

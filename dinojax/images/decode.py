@@ -106,7 +106,9 @@ def decode_values(file: Path, name: str) -> UInt8[np.ndarray, "height width"] | 
             mode = image.mode
             if mode in ("1", "L", "P"):
                 return np.asarray(image).astype(np.uint8)
-            if mode.startswith("I;16"):
+            if mode.startswith("I;16") or (
+                mode == "I" and image.format in ("PNG", "PPM")
+            ):  # which hold 16 bits at most
                 return np.asarray(image).astype(np.uint16)
     except Exception as error:  # decoders raise whatever a damaged file makes them raise
         raise UserError(f"{name} is not a readable image ({_reason(error, name)}); replace or remove it") from error

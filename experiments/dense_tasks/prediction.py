@@ -75,7 +75,7 @@ class Inference:
             name = readable_name(file.name)
             bar = tqdm(desc=name, total=len(windows), unit="window", dynamic_ncols=True, leave=False, delay=2)
             with bar:
-                forecast = Forecast(bar, len(windows), "a larger --window")
+                forecast = Forecast(bar, len(windows), "fewer --scales")
                 parts = streamed_features(extractor, tiles, self.head.blocks, forecast)
                 grids += blended(self.head, windows, parts, [size], self.geometry, scale)
         return predicted(self.head, grids, size)

@@ -20,6 +20,7 @@ MOST_CLASSES = 255
 _VOID_NAMES = ("void", "ignore")
 _MOST_TABLE_BYTES = 2**20
 _THREADS = 16
+_LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")
 
 Mask = UInt8[np.ndarray, "_height _width"]
 DepthMap = Float32[np.ndarray, "_height _width"]
@@ -71,6 +72,8 @@ class TargetReader:
         return found
 
     def _mask(self, file: Path) -> Mask:
+        if file.suffix.lower() in _LOSSY:
+            raise UserError(f"{file} is a JPEG, which changes the numbers it holds; store masks as PNG")
         if has_colours(file, str(file)):
             return _by_colour(decode_rgb(file, str(file)), self.table, file)
         values = decode_values(file, str(file))
@@ -108,6 +111,8 @@ def read_table(path: Path) -> ClassTable:
             raise UserError(f"--classes {path} is larger than a table of {MOST_CLASSES} classes can be")
         text = path.read_text(encoding="utf-8-sig")
         rows = json.loads(text) if path.suffix.lower() == ".json" else list(csv.reader(text.splitlines()))
+        if not isinstance(rows, list):
+            raise ValueError("a list was expected")
         entries = [_entry(row) for row in rows if row]
     except (OSError, UnicodeDecodeError, csv.Error, RecursionError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, UserError):

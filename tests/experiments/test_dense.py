@@ -71,9 +71,10 @@ def test_the_scores_are_those_of_the_masks_that_predict_writes(place, run, tmp_p
     files = predicted(place, place / "run", out=tmp_path / "out")
     both, either, right, total = np.zeros(3), np.zeros(3), 0, 0
     for i in range(5):
-        image = Image.open(files[f"{i}.png"])
-        assert image.mode == "P" and image.size == (WIDTH, HEIGHT)
-        found, truth = np.asarray(image), np.asarray(Image.open(place / "set" / "val" / "masks" / f"{i}.png"))
+        with Image.open(files[f"{i}.png"]) as image:
+            assert image.mode == "P" and image.size == (WIDTH, HEIGHT)
+            found = np.asarray(image)
+        truth = np.asarray(Image.open(place / "set" / "val" / "masks" / f"{i}.png"))
         valid = truth != 255
         for label in range(3):
             both[label] += (valid & (found == label) & (truth == label)).sum()
@@ -153,7 +154,8 @@ def test_larger_photos_and_several_scales_are_predicted_at_their_own_size(place,
     Image.open(place / "set" / "val" / "images" / "0.png").resize((130, 75)).save(tmp_path / "large.png")
     options = {"image": tmp_path / "large.png", "scales": (1.0, 2.0), "overlap": 0.5}
     (file,) = predicted(place, place / "run", out=tmp_path / "out", **options).values()
-    assert Image.open(file).size == (130, 75)
+    with Image.open(file) as image:
+        assert image.size == (130, 75)
 
 
 def test_depth_is_learned_scored_and_written(place, tmp_path):
