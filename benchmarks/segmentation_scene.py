@@ -67,7 +67,7 @@ def main() -> None:
         place = config.keep or Path(temporary)
         make_set(config, place / "set")
         rows = _measure(config, place)
-        large = {name: _predict(config, place, name, size) for name, size in _PHOTOS.items()}
+        large = {name: _predict(config, place, size) for name, size in _PHOTOS.items()}
     for name, row in rows.items():
         low, high = (100 * end for end in row["mean_iou_interval"])
         print(f"{name:40} mean IoU {100 * row['mean_iou']:.1f} % ({low:.1f} – {high:.1f})")
@@ -192,7 +192,7 @@ def _measure(config: Config, place: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _predict(config: Config, place: Path, name: str, size: tuple[int, int]) -> dict[str, Any]:
+def _predict(config: Config, place: Path, size: tuple[int, int]) -> dict[str, Any]:
     """`dinojax predict` on test images side by side, in a process of its own: time, memory, windows and mean IoU."""
     import os
     import subprocess
