@@ -55,12 +55,14 @@ def depth_map(
 def _fill(found: np.ndarray, scores: Sequence[Scores], reduce: Callable) -> None:
     """Fills a map with what `reduce` makes of the interpolated scores of each block."""
     planes = [np.ascontiguousarray(np.moveaxis(np.asarray(one, np.float32), -1, 0)) for one in scores]
-    axes = [tuple(_axis(size, cells) for size, cells in zip(found.shape, plane.shape[1:])) for plane in planes]
+    axes = [(_axis(found.shape[0], p.shape[1]), _axis(found.shape[1], p.shape[2])) for p in planes]
     places = [(row, column) for row in range(len(axes[0][0].starts)) for column in range(len(axes[0][1].starts))]
     for start in range(0, len(places), _AT_ONCE):
         some = places[start : start + _AT_ONCE]
         padded = some + some[-1:] * (_AT_ONCE - len(some))
-        blocks = np.asarray(reduce(*zip(*(_inputs(plane, *axis, padded) for plane, axis in zip(planes, axes)))))
+        blocks = np.asarray(
+            reduce(*zip(*(_inputs(plane, down, across, padded) for plane, (down, across) in zip(planes, axes))))
+        )
         for (row, column), block in zip(some, blocks):
             place = found[row * _BLOCK : (row + 1) * _BLOCK, column * _BLOCK : (column + 1) * _BLOCK]
             place[:] = block[: place.shape[0], : place.shape[1]]
@@ -111,4 +113,4 @@ def _classes(planes: Sequence[Array], down: Sequence[Array], across: Sequence[Ar
 
 @jax.jit
 def _means(planes: Sequence[Array], down: Sequence[Array], across: Sequence[Array]) -> Array:
-    return sum(_interpolated(*one)[0] for one in zip(planes, down, across)) / len(planes)
+    return jnp.stack([_interpolated(*one)[0] for one in zip(planes, down, across)]).mean(axis=0)
