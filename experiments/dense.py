@@ -11,9 +11,10 @@ hold these two. A mask has the size of its photo and one class index a pixel, or
 (--void) does not count. Depth maps are 16-bit images or .npy files in metres, 0 where nothing was measured.
 
 Photos are resized and cut into square windows. Their patch features are computed once and cached; then the head trains
-on them, in one to two seconds per epoch for 400 windows of 32 × 32 patches on one CPU core. Scores are computed on whole photos at their
-own size: mean IoU, pixel accuracy and IoU of each class, or RMSE, AbsRel and δ1, with bootstrap intervals over the
-images. The epoch with the best validation score is kept; test images, if there are any, are evaluated once.
+on them, in one to two seconds per epoch for 400 windows of 32 × 32 patches on one CPU core. Scores are computed on
+whole photos at their own size: mean IoU, pixel accuracy and IoU of each class, or RMSE, AbsRel and δ1, with bootstrap
+intervals over the images. The epoch with the best validation score is kept; test images, if there are any, are
+evaluated once.
 
 The run folder gets result.json, the head (dense.json, head.safetensors), curves.png, examples.png and classes.png. A
 training that is interrupted starts again, with the features that are cached.
