@@ -42,6 +42,7 @@ _MODULES = (
     "images",
     "maps",
     "models",
+    "patches",
     "pretraining",
     "probes",
     "retrieval",

@@ -92,6 +92,26 @@ class PcaMap(NamedTuple):
     foreground: Bool[np.ndarray, "rows columns"]
 
 
+def foreground_scores(
+    features: Sequence[Float[Array | np.ndarray, "_rows _columns dim"]], *, flip: bool = False
+) -> list[Float[np.ndarray, "_rows _columns"]]:
+    """The first principal component of the patches of all images together, scaled to 0–1: high in the foreground.
+
+    Its sign is arbitrary, so it is chosen to be low along the borders of the images, where objects rarely are.
+
+    Args:
+        features: patch features of each image; the images may differ in size.
+        flip: choose the other sign.
+    """
+    shapes = [image.shape[:2] for image in features]
+    border = np.concatenate([_border(*shape).ravel() for shape in shapes])
+    first = _principal(_all_patches(features), 1)[:, 0]
+    inwards = border.all() or first[border].mean() <= first[~border].mean()
+    scores = _scaled(first if inwards != flip else -first)
+    ends = np.cumsum([rows * columns for rows, columns in shapes])[:-1]
+    return [part.reshape(shape) for part, shape in zip(np.split(scores, ends), shapes)]
+
+
 def pca_maps(
     features: Sequence[Float[Array | np.ndarray, "_rows _columns dim"]],
     *,
@@ -101,10 +121,8 @@ def pca_maps(
 ) -> list[PcaMap]:
     """The first three principal components of patch features as red, green and blue, with one basis for all images.
 
-    The first component of a PCA over all patches, scaled to 0–1, is above the threshold in the foreground. Its sign is
-    arbitrary, so it is chosen to be low along the borders of the images, where objects rarely are. A second PCA over
-    the foreground gives the colours, each component scaled to 0–1. No image is black: one of which hardly any patch is
-    above the threshold keeps all patches.
+    The foreground is where `foreground_scores` are above the threshold. A second PCA over it gives the colours, each
+    component scaled to 0–1. No image is black: one of which hardly any patch is above the threshold keeps all patches.
 
     Args:
         features: patch features of each image; the images may differ in size.
@@ -116,13 +134,10 @@ def pca_maps(
         One map per image.
     """
     shapes = [image.shape[:2] for image in features]
-    patches = np.concatenate([np.asarray(image, np.float32).reshape(-1, image.shape[-1]) for image in features])
+    patches = _all_patches(features)
     foreground = np.ones(len(patches), bool)
     if threshold is not None:
-        border = np.concatenate([_border(*shape).ravel() for shape in shapes])
-        first = _principal(patches, 1)[:, 0]
-        inwards = border.all() or first[border].mean() <= first[~border].mean()
-        foreground = _scaled(first if inwards != flip else -first) > threshold
+        foreground = np.concatenate([score.ravel() for score in foreground_scores(features, flip=flip)]) > threshold
         ends = np.cumsum([rows * columns for rows, columns in shapes])
         for end, (rows, columns) in zip(ends, shapes):
             inside = foreground[end - rows * columns : end]
@@ -147,6 +162,10 @@ def upsample(
 ) -> Shaped[np.ndarray, "*pixels"]:
     """Repeats each patch as `patch_size` × `patch_size` pixels (nearest neighbour); `axes` are rows and columns."""
     return maps.repeat(patch_size, axes[0]).repeat(patch_size, axes[1])
+
+
+def _all_patches(features: Sequence[Float[Array | np.ndarray, "_rows _columns dim"]]) -> np.ndarray:
+    return np.concatenate([np.asarray(image, np.float32).reshape(-1, image.shape[-1]) for image in features])
 
 
 def _principal(x: Float[np.ndarray, "patches dim"], count: int) -> Float[np.ndarray, "patches {count}"]:

@@ -110,6 +110,10 @@ class Attention(Module):
         query, key, _ = self._heads(x)
         return jax.nn.softmax(_scores(query, key), axis=-1).astype(x.dtype)
 
+    def keys(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
+        """The keys of all heads, side by side."""
+        return self._heads(x)[1].transpose(0, 2, 1, 3).reshape(x.shape)
+
     def _heads(self, x: Array) -> Array:
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
@@ -231,6 +235,10 @@ class Block(Module):
     def attention_probs(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens tokens"]:
         """The attention probabilities of this block for the input `x`; each row (a query) sums to one."""
         return self.attn.probs(self.norm1(x))
+
+    def attention_keys(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
+        """The keys of this block's attention for the input `x`, of all heads side by side."""
+        return self.attn.keys(self.norm1(x))
 
 
 def _scaled(scale: LayerScale | None, x: Array) -> Array:

@@ -218,6 +218,18 @@ class VisionTransformer(Module):
             x = block(x)
         return self.blocks[-1].attention_probs(x)
 
+    def get_last_keys(self, images: Array | np.ndarray) -> Float[Array, "batch rows columns dim"]:
+        """The keys of the last block's attention for each patch, of all heads side by side, without CLS and registers.
+
+        LOST and TokenCut (`dinojax.patches`) take these.
+        """
+        rows, columns = (side // self.config.patch_size for side in images.shape[1:3])
+        x = self._embed(images)
+        for block in list(self.blocks)[:-1]:
+            x = block(x)
+        keys = self._split(self.blocks[-1].attention_keys(x))[2]
+        return keys.reshape(len(keys), rows, columns, -1)
+
     def astype(self, dtype: DTypeLike) -> "VisionTransformer":
         """A copy with parameters of another dtype, in which it computes; jnp.bfloat16 suits GPUs and TPUs."""
         graphdef, state = nnx.split(self)
