@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": ("experiments.evaluate", "k-NN, linear and few-shot accuracy of a trained network"),
     "embed": ("experiments.embed", "features of every photo in a folder, as a table"),
     "visualize": ("experiments.visualize", "attention, patch PCA and patch similarity of photos"),
+    "patches": ("experiments.patches", "matches, tracking, foreground, objects and anomalies from patch features"),
     "finetune": ("experiments.finetune_folder", "train a classifier on a folder of images"),
     "dense": ("experiments.dense", "train a segmentation or depth head on images and their masks"),
     "pretrain": ("experiments.pretrain", "train DINO or DINOv2 on images without labels"),

@@ -9,9 +9,10 @@ from dinojax.patches.discovery import Discovery, lost, token_cut
 from dinojax.patches.foreground import fit_foreground, foreground_probability, patch_shares
 from dinojax.patches.matching import Matches, mutual_matches, nearest_patches
 from dinojax.patches.propagation import index_map, one_hot_labels, propagate_labels, propagate_video
-from dinojax.patches.video_scores import VideoScores, boundary_measure, region_similarity, video_scores
+from dinojax.patches.video_scores import VOID, VideoScores, boundary_measure, region_similarity, video_scores
 
 __all__ = [
+    "VOID",
     "Discovery",
     "Matches",
     "VideoScores",

@@ -114,19 +114,34 @@ class Mapper:
             UserError: the attention would not fit into memory.
         """
         if picture.size not in self._compiled:
-            pixels = jax.ShapeDtypeStruct((*picture.size, 3), jnp.uint8)
-            compiled = self._forward.lower(self._state, pixels).compile()
-            device = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-            there = device or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            needed = compiled.memory_analysis().temp_size_in_bytes
-            if needed > _MOST_MEMORY * there:
-                (height, width), patch = picture.size, self.config.patch_size
-                # The attention of n patches is n × n numbers, and n grows with the square of the side.
-                fitting = int(min(height, width) * (0.5 * there / needed) ** 0.25) // patch * patch
-                raise UserError(
-                    f"{picture.file} at {width}×{height} px has {height * width // patch**2:,} patches, whose "
-                    f"attention takes {needed / 1e9:.0f} GB of the {there / 1e9:.0f} GB of memory; pass "
-                    f"--image-size {fitting} or less"
-                )
+            lowered = self._forward.lower(self._state, jax.ShapeDtypeStruct((*picture.size, 3), jnp.uint8))
+            compiled = compile_to_fit(lowered, picture.file, picture.size, self.config.patch_size)
             self._compiled[picture.size] = compiled
         return self._compiled[picture.size]
+
+
+def compile_to_fit(lowered: jax.stages.Lowered, file: Path, size: tuple[int, int], patch: int) -> jax.stages.Compiled:
+    """A model's program for one picture, compiled.
+
+    Args:
+        lowered: the program.
+        file: of the picture, for the message.
+        size: height and width of the picture as the model sees it.
+        patch: side of the model's patches in pixels.
+
+    Raises:
+        UserError: the attention would not fit into memory.
+    """
+    compiled = lowered.compile()
+    device = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    there = device or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = compiled.memory_analysis().temp_size_in_bytes
+    if needed > _MOST_MEMORY * there:
+        height, width = size
+        # The attention of n patches is n × n numbers, and n grows with the square of the side.
+        fitting = int(min(height, width) * (0.5 * there / needed) ** 0.25) // patch * patch
+        raise UserError(
+            f"{file} at {width}×{height} px has {height * width // patch**2:,} patches, whose attention takes "
+            f"{needed / 1e9:.0f} GB of the {there / 1e9:.0f} GB of memory; pass --image-size {fitting} or less"
+        )
+    return compiled
