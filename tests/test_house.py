@@ -87,6 +87,8 @@ def test_commands_never_import_each_other():
         ["-m", "experiments.search", "--help"],
         ["-m", "experiments.duplicates", "--help"],
         ["-m", "experiments.cluster", "--help"],
+        ["-m", "experiments.patches", "--help"],
+        ["-m", "experiments.patches", "anomaly", "--help"],
         ["-m", "converters", "--help"],
     ],
     ids=" ".join,

@@ -30,7 +30,15 @@ import tyro
 
 from dinojax.errors import UserError
 from experiments.patch_tasks.model import Kind, PatchBackbone, PatchModel, Photo
-from experiments.patch_tasks.videos import Indices, Video, find_videos, read_indices, read_truth, write_indices
+from experiments.patch_tasks.videos import (
+    Indices,
+    Video,
+    find_videos,
+    read_first_mask,
+    read_indices,
+    read_truth,
+    write_indices,
+)
 from experiments.runs.settings import NOT_NEGATIVE, POSITIVE, Flags, RunSettings, check_bounds
 
 # Source: facebookresearch/dino 7c446df `eval_video_segmentation.py`: `read_frame` and `color_normalize`.
@@ -99,6 +107,8 @@ def run_track(config: TrackConfig) -> dict[str, Any]:
     videos = find_videos(settings.folder, settings.mask, settings.truth, settings.videos, settings.subset)
     if settings.protocol == "dino" and config.model.image_size != _SIDE:
         raise UserError(f"--protocol dino sees frames at {_SIDE} px; leave out --image-size {config.model.image_size}")
+    for video in videos:
+        read_first_mask(video)
     model = PatchModel(config.model, seed=config.run.seed, cache_dir=config.run.cache_dir)
     out = config.run.out or records.default_run_folder("patches-track")
     splits = {
@@ -163,17 +173,8 @@ def _track(model: PatchModel, video: Video, settings: TrackSettings, folder: Pat
 
     from dinojax import patches
 
-    first_mask = read_indices(video.first_mask)
-    known = np.where(first_mask == patches.VOID, 0, first_mask)
-    if not known.any():
-        raise UserError(f"{video.first_mask} marks no object; give a mask in which a pixel is not 0")
+    first_mask = read_first_mask(video)
     bar = tqdm(video.frames, desc=name, unit="frame", dynamic_ncols=True)
-    size = read_size(video.frames[0])
-    if first_mask.shape != size:
-        raise UserError(
-            f"{video.first_mask} is {first_mask.shape[1]}×{first_mask.shape[0]} px, and {video.frames[0].name} "
-            f"{size[1]}×{size[0]}; give a mask of that size"
-        )
     seen: list[Photo] = []
 
     def features() -> Iterator[np.ndarray]:
@@ -189,22 +190,20 @@ def _track(model: PatchModel, video: Video, settings: TrackSettings, folder: Pat
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     grid = [side // model.patch_size for side in _frame(model, video.frames[0], settings).pixels.shape[:2]]
+    objects = np.where(first_mask == patches.VOID, 0, first_mask)
     labels = patches.propagate_video(
-        features(), patches.one_hot_labels(known, *grid), last_frames=settings.last_frames, radius=settings.radius,
-        top_k=settings.top_k, temperature=settings.temperature,
-    )  # fmt: skip
+        features(),
+        patches.one_hot_labels(objects, *grid),
+        last_frames=settings.last_frames,
+        radius=settings.radius,
+        top_k=settings.top_k,
+        temperature=settings.temperature,
+    )
     write_indices(partial / f"{video.frames[0].stem}.png", first_mask)
     for file, found in zip(video.frames[1:], labels):
         mask = patches.index_map(found, *seen[-1].pixels.shape[:2])
         write_indices(partial / f"{file.stem}.png", _at_size(mask, seen[-1].size))
     partial.rename(folder / video.name)
-
-
-def read_size(file: Path) -> tuple[int, int]:
-    """Height and width of an image, from its header."""
-    from dinojax.images.decode import image_size
-
-    return image_size(file, str(file))
 
 
 def _at_size(mask: Indices, size: tuple[int, int]) -> Indices:

@@ -122,6 +122,27 @@ def read_indices(file: Path) -> Indices:
     return found
 
 
+def read_first_mask(video: Video) -> Indices:
+    """The mask of the first frame.
+
+    Raises:
+        UserError: a mask of another size than the frame, or without an object.
+    """
+    from dinojax.images.decode import image_size
+    from dinojax.patches import VOID
+
+    found = read_indices(video.first_mask)
+    height, width = image_size(video.frames[0], str(video.frames[0]))
+    if found.shape != (height, width):
+        raise UserError(
+            f"{video.first_mask} is {found.shape[1]}×{found.shape[0]} px, and {video.frames[0].name} {width}×{height}; "
+            "give a mask of that size"
+        )
+    if not ((found > 0) & (found != VOID)).any():
+        raise UserError(f"{video.first_mask} marks no object; give a mask in which a pixel is not 0")
+    return found
+
+
 def read_truth(video: Video) -> list[Indices] | None:
     """The masks of all frames, or None if they are not known."""
     if video.truth is None:
