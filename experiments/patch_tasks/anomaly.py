@@ -98,11 +98,9 @@ def run_anomaly(config: AnomalyConfig) -> dict[str, Any]:
     model = PatchModel(config.model, seed=config.run.seed, cache_dir=config.run.cache_dir)
     out = config.run.out or records.default_run_folder("patches-anomaly")
     with records.run_folder(out) as folder:
-        model.note_sizes([model.photo(normal[0])])
+        model.note_size(model.photo(normal[0]), f"{len(normal):,} normal photos")
         bank, held = _bank(model, normal, settings, config.run.seed)
-        print(
-            f"{len(normal):,} normal photos, {held:,} patches, of which {len(bank):,} are kept; {len(tests):,} to test"
-        )
+        print(f"{held:,} patches of normal photos, of which {len(bank):,} are kept; {len(tests):,} to test")
         bar = tqdm(tests, desc="photos", unit="img", dynamic_ncols=True, delay=1)
         scored = [_scored(model, test, bank, settings) for test in bar]
         result = evaluate(scored, seed=config.run.seed)

@@ -81,7 +81,7 @@ def run_discover(config: DiscoverConfig) -> list[Found]:
     out = config.run.out or records.default_run_folder("patches-discover")
     methods = [name for name in _METHODS if config.discover.method in (name, "both")]
     with records.run_folder(out) as folder:
-        model.note_sizes([model.photo(files[0])])
+        model.note_size(model.photo(files[0]), f"{len(files):,} photos")
         found, boxes, drawn = [], [], []
         names = own_names(files)
         for name, file in zip(tqdm(names, desc="photos", unit="img", dynamic_ncols=True, delay=1), files):

@@ -75,7 +75,7 @@ def run_foreground(config: ForegroundConfig) -> dict[str, float | None]:
     out = config.run.out or records.default_run_folder("patches-foreground")
     with records.run_folder(out) as folder:
         photos = [model.photo(file) for file in files]
-        model.note_sizes(photos)
+        model.note_size(photos[0], f"{len(photos):,} photos")
         features = [model.features(photo, settings.features) for photo in photos]
         grids = {
             index: _on_patches(read_mask(file, photos[index].size), photos[index], model.patch_size)

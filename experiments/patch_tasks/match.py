@@ -63,7 +63,7 @@ def run_match(config: MatchConfig) -> list[tuple[float, ...]]:
     photos = [model.photo(file.expanduser()) for file in (settings.first, settings.second)]
     out = config.run.out or records.default_run_folder("patches-match")
     with records.run_folder(out) as folder:
-        model.note_sizes(photos)
+        model.note_size(photos[0], "2 photos")
         features = [model.features(photo, settings.features) for photo in photos]
         found = mutual_matches(*(one.reshape(-1, one.shape[-1]) for one in features))
         kept = found.similarity >= settings.least_similarity

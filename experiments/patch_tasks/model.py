@@ -140,18 +140,21 @@ class PatchModel:
             )
         return found
 
-    def note_sizes(self, photos: Sequence[Photo]) -> None:
-        """Prints the size at which the model sees the first photo, and of how many others the aspect has changed."""
-        first = photos[0]
+    def note_size(self, first: Photo, what: str) -> None:
+        """Prints at which size the model sees the first photo, and that its aspect has changed if it has.
+
+        Args:
+            first: photo of `photo`.
+            what: how many photos there are, such as "3 photos".
+        """
         (height, width), (rows, columns) = first.size, first.pixels.shape[:2]
         print(
-            f"{self.about}: {len(photos):,} {'photo' if len(photos) == 1 else 'photos'}, for example {first.file.name} "
-            f"of {width}×{height} px, seen at {columns}×{rows} px: {columns // self.patch_size}×"
-            f"{rows // self.patch_size} patches of {self.patch_size} px"
+            f"{self.about}: {what}; {first.file.name} of {width}×{height} px is seen at {columns}×{rows} px, "
+            f"{columns // self.patch_size}×{rows // self.patch_size} patches of {self.patch_size} px"
         )
         wanted = self.image_size * np.array(first.size) / min(first.size)
         if any(abs(side - asked) >= 1 for side, asked in zip((rows, columns), wanted)):
             print(
                 f"note: {wanted[1]:.0f}×{wanted[0]:.0f} px are not whole patches of {self.patch_size} px; both sides "
-                "are rounded to the nearest, and results are resized to the photo's own size"
+                "are rounded to the nearest, and results are given at the photo's own size"
             )

@@ -160,7 +160,7 @@ def plain_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _note_size(model: PatchModel, video: Video, settings: TrackSettings) -> None:
     first = _frame(model, video.frames[0], settings)
     if settings.protocol == "nearest":
-        model.note_sizes([first])
+        model.note_size(first, f"{len(video.frames):,} frames")
     else:
         print(f"{model.about}: frames at {first.pixels.shape[1]}×{first.pixels.shape[0]} px, as in DINO's script")
 

@@ -78,7 +78,7 @@ def test_matches_are_centres_of_patches_in_pixels_of_the_files(place, tmp_path, 
         expected = [at * scale for pair, by in zip(places, scales) for at, scale in zip(pair, by)]
         np.testing.assert_allclose(row[:4], expected, atol=0.051)
         assert row[4] == pytest.approx(similarity, abs=1e-5)
-    assert "one.png of 56×40 px, seen at 28×20 px: 7×5 patches of 4 px" in capsys.readouterr().out
+    assert "2 photos; one.png of 56×40 px is seen at 28×20 px, 7×5 patches of 4 px" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"match.png", "matches.csv", "config.json"}
 
 
@@ -163,7 +163,7 @@ def test_anomalies_are_distances_to_a_coreset_of_the_normal_photos(place, tmp_pa
     low, high = result["pixel_auroc"]["interval"]
     assert 0 <= low <= result["pixel_auroc"]["value"] + 1e-3 and result["pixel_auroc"]["value"] - 1e-3 <= high <= 1
     assert result["bank"] == 100 and json.loads((tmp_path / "out" / "result.json").read_text())["bank"] == 100
-    assert "4 normal photos, 400 patches, of which 100 are kept; 6 to test" in capsys.readouterr().out
+    assert "400 patches of normal photos, of which 100 are kept; 6 to test" in capsys.readouterr().out
     flat = create(AnomalyConfig, **settings, normal=folder / "train", test=folder / "test" / "good", coreset=1.0,
                   out=tmp_path / "flat")  # fmt: skip
     found = run_anomaly(flat)
