@@ -116,8 +116,8 @@ def _objects(model: PatchModel, photo: Photo, methods: list[str], settings: Disc
                 one = patches.token_cut(features, tau=settings.tau, edge=settings.edge)
         except UserError as error:
             raise UserError(f"{photo.file}: {error}") from error
-        corners = model.patch_size * np.array(one.box)
-        box = *photo.to_file(*corners[:2]), *photo.to_file(*corners[2:])
+        top, left, bottom, right = (model.patch_size * edge for edge in one.box)
+        box = *photo.to_file(top, left), *photo.to_file(bottom, right)
         objects.append(Found(photo, method, one.mask, box))
     return objects
 

@@ -92,6 +92,6 @@ def run_match(config: MatchConfig) -> list[tuple[float, ...]]:
 
 def _rows(photos: list[Photo], places: list[np.ndarray], similarity: np.ndarray) -> list[tuple[float, ...]]:
     return [
-        (*photos[0].to_file(*one), *photos[1].to_file(*other), float(value))
+        (*photos[0].to_file(*map(float, one)), *photos[1].to_file(*map(float, other)), float(value))
         for one, other, value in zip(*places, similarity)
     ]

@@ -120,10 +120,11 @@ def test_keys_are_those_whose_products_with_the_queries_give_the_attention(regis
     config = ViTConfig(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_register_tokens=registers)
     model = VisionTransformer(config, rngs=nnx.Rngs(0))
     images = np.random.default_rng(0).standard_normal((1, 16, 12, 3)).astype(np.float32)
-    keys = np.asarray(model.get_last_keys(images))
+    keys = np.asarray(jax.jit(lambda x: model.get_last_keys(x))(images))
     assert keys.shape == (1, 4, 3, 24)
-    attention = np.asarray(model.get_last_selfattention(images))[0, :, 0, 1 + registers :]
-    x = np.asarray(model.get_intermediate_layers(images, [0], norm=False, return_class_token=True)[0][1])[0]
+    attention = np.asarray(jax.jit(lambda x: model.get_last_selfattention(x))(images))[0, :, 0, 1 + registers :]
+    first = jax.jit(lambda x: model.get_intermediate_layers(x, [0], norm=False, return_class_token=True)[0][1])
+    x = np.asarray(first(images))[0]
     block = model.blocks[-1]
     query = np.asarray(block.attn.qkv(block.norm1(x[None])))[0, :24]
     for head in range(3):

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from experiments.runs.settings import create
 TINY = ViTConfig(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3)
 MODEL = VisionTransformer(TINY, rngs=nnx.Rngs(0), preprocessing=Preprocessing(patch_size=4, image_size=16))
 SIZE = (33, 47)
+tokens = jax.jit(lambda images: MODEL.get_intermediate_layers(images, reshape=True)[0])
 
 
 def video(folder, masks, number=4, seed=0):
@@ -59,7 +61,7 @@ def test_masks_are_those_of_the_library_at_the_size_of_the_frames(place, tmp_pat
     files = sorted((place / "frames").iterdir())
     images = [dinojax.preprocess(file, MODEL, size=32, crop=False) for file in files]
     assert images[0].shape[1:3] == (32, 44)  # 45.6 px are not whole patches
-    features = [np.asarray(MODEL.get_intermediate_layers(one, reshape=True)[0])[0] for one in images]
+    features = [np.asarray(tokens(one))[0] for one in images]
     first = np.asarray(Image.open(place / "true" / "00000.png"))
     labels = patches.propagate_video(features, patches.one_hot_labels(first, 8, 11), last_frames=2, radius=3, top_k=3)
     folder = tmp_path / "out" / "masks" / "frames"
@@ -113,7 +115,7 @@ def test_the_deviation_of_dino_s_script_changes_the_features(place, tmp_path):
     photo = model.photo(place / "frames" / "00000.png")
     std = (0.228, 0.224, 0.225)
     images = ((photo.pixels / 255 - np.array(MODEL.preprocessing.mean)) / np.array(std)).astype(np.float32)[None]
-    expected = np.asarray(MODEL.get_intermediate_layers(images, reshape=True)[0])[0]
+    expected = np.asarray(tokens(images))[0]
     np.testing.assert_allclose(model.features(photo, std=std), expected, atol=3e-5)
     assert np.abs(model.features(photo) - expected).max() > 1e-4
 
