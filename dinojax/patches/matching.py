@@ -46,17 +46,17 @@ def mutual_matches(
     """
     forward, backward = _both_ways(first, second, chunk)
     indices = np.arange(len(first))
-    mutual = backward.index[forward.index] == indices
+    mutual = backward.patch[forward.patch] == indices
     kept = indices[mutual]
     order = kept[np.argsort(-forward.similarity[mutual], kind="stable")]
-    return Matches(order, forward.index[order], forward.similarity[order])
+    return Matches(order, forward.patch[order], forward.similarity[order])
 
 
 class Nearest(NamedTuple):
     """The nearest patch of each query, and its cosine similarity."""
 
     similarity: Float[np.ndarray, " queries"]
-    index: Int[np.ndarray, " queries"]
+    patch: Int[np.ndarray, " queries"]
 
 
 def nearest_patches(

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
@@ -15,7 +14,7 @@ from matplotlib.patches import Rectangle
 from experiments.figures.style import BLUE, INK, MUTED, ORANGE, interpolation, save_figure, shorten, shorten_middle
 
 Pixels = UInt8[np.ndarray, "_height _width 3"]
-_HEAT, _LINES = "magma", "viridis"
+_HEAT = "magma"
 _TITLE, _LABEL, _GAP = 0.66, 0.24, 0.12  # inches
 _MOST_WIDTH, _LEAST_WIDTH, _LARGE, _SMALL = 13.0, 7.0, 4.6, 2.4
 _LETTER = 0.092  # width of a letter of the title, in inches
@@ -78,18 +77,16 @@ def save_matches(
     path: Path,
     images: Sequence[Pixels],
     places: Sequence[Float[np.ndarray, "matches 2"]],
-    similarity: Float[np.ndarray, " matches"],
     *,
     title: str,
     note: str,
 ) -> None:
-    """Draws two photos side by side, and a line for each match, yellow for the most similar.
+    """Draws two photos side by side, and a line for each match; its colour is that of its place in the first photo.
 
     Args:
         path: PNG file to write.
         images: RGB.
         places: row and column of each match in pixels of either image.
-        similarity: of each match, in descending order.
         title: first line.
         note: second line.
     """
@@ -109,16 +106,24 @@ def save_matches(
     over.set_axis_off()
     over.set_xlim(0, full)
     over.set_ylim(0, tall)
-    ranks = np.linspace(1, 0.15, len(similarity)) if len(similarity) > 1 else np.ones(len(similarity))
-    for one, other, rank in reversed(list(zip(*places, ranks))):
+    hues = _place_colours(places[0], images[0].shape[:2])
+    for one, other, colour in zip(*places, hues):
         ends = [
             (left + column * across, _GAP + height - row * down)
             for (row, column), (left, across, down) in zip((one, other), corners)
         ]
         x, y = zip(*ends)
         over.plot(x, y, color="white", lw=1.6, alpha=0.45)
-        over.plot(x, y, "o-", color=colormaps[_LINES](rank), lw=0.9, ms=3, mew=0.4, mec="white")
+        over.plot(x, y, "o-", color=colour, lw=0.9, ms=3, mew=0.4, mec="white")
     save_figure(figure, path)
+
+
+def _place_colours(places: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A hue for the angle about the centre, paler towards it, so that neighbours have similar colours."""
+    offsets = places / np.array(size) - 0.5
+    hues = np.arctan2(offsets[:, 0], offsets[:, 1]) / (2 * np.pi) % 1
+    strong = np.clip(0.35 + 1.3 * np.hypot(*offsets.T), 0, 1)
+    return hsv_to_rgb(np.stack([hues, strong, np.full(len(hues), 0.95)], axis=-1))
 
 
 def _figure(width: float, height: float, title: str, note: str) -> Figure:

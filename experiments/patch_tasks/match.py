@@ -4,8 +4,8 @@
     python -m experiments.patches match dinojax_vitt one.jpg other.jpg --image-size 160 --lines 40
 
 Two patches match if each is the most similar of its photo to the other, by the cosine of their features. The output
-folder gets match.png, both photos side by side with a line for each of the most similar matches; matches.csv, the
-centres of all matches in pixels of the files, the most similar first; and config.json.
+folder gets match.png, both photos side by side with lines between matches, the most similar of each part of the first
+photo; matches.csv, the centres of all matches in pixels of the files, the most similar first; and config.json.
 """
 
 import csv
@@ -19,6 +19,7 @@ import tyro
 from experiments.patch_tasks.model import Kind, PatchBackbone, PatchModel, Photo
 from experiments.runs.settings import POSITIVE, Bound, Flags, RunSettings, check_bounds, flat
 
+_PARTS = 8  # along each side of the first photo, for the choice of what is drawn
 _COSINE = Bound(lambda value: -1 <= value <= 1, "between -1 and 1")
 
 
@@ -77,14 +78,14 @@ def run_match(config: MatchConfig) -> list[tuple[float, ...]]:
             writer.writerow(("first_x", "first_y", "second_x", "second_y", "similarity"))
             writer.writerows([*(f"{value:.1f}" for value in row[:4]), f"{row[4]:.6f}"] for row in rows)
         records.write_json(folder / records.CONFIG_FILE, flat(config))
+        drawn = _spread(places[0], photos[0].pixels.shape[:2])[: settings.lines]
         title = f"{len(rows):,} matching patches of {settings.first.name} and {settings.second.name}"
-        drawn = min(len(rows), settings.lines)
-        note = f"{model.about}; lines join the {drawn:,} most similar ones, yellow the most similar"
+        note = f"{model.about}; {len(drawn)} of them, the most similar of each part of the first photo"
         save_matches(
-            folder / "match.png", [photo.pixels for photo in photos], [one[:drawn] for one in places],
-            found.similarity[kept][:drawn], title=title, note=note,
+            folder / "match.png", [photo.pixels for photo in photos], [one[drawn] for one in places], title=title,
+            note=note,
         )  # fmt: skip
-    print(f"{len(rows):,} mutual matches of {len(found.similarity):,}\n")
+    print(f"{len(rows):,} matches\n")
     for name in ("match.png", "matches.csv"):
         print(f"  {out / name}")
     return rows
@@ -95,3 +96,17 @@ def _rows(photos: list[Photo], places: list[np.ndarray], similarity: np.ndarray)
         (*photos[0].to_file(*map(float, one)), *photos[1].to_file(*map(float, other)), float(value))
         for one, other, value in zip(*places, similarity)
     ]
+
+
+def _spread(places: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Matches in the order in which they are drawn: the best of each part of the photo, then the second of each.
+
+    The most similar ones of all often lie together, in a sky for example.
+    """
+    rows, columns = (places * _PARTS // np.array(size)).astype(int).T
+    taken: dict[tuple[int, int], int] = {}
+    ranks = []
+    for part in zip(rows.tolist(), columns.tolist()):
+        ranks.append(taken.get(part, 0))
+        taken[part] = ranks[-1] + 1
+    return np.argsort(np.array(ranks, int), kind="stable")

@@ -51,7 +51,7 @@ def test_the_nearest_of_a_bank():
     queries, bank = 3 * random(11, 5).astype(np.float32), random(40, 5, seed=1).astype(np.float32)
     for chunk in (None, 4):
         found = patches.nearest_patches(queries, bank, chunk=chunk)
-        for query, index, similarity in zip(queries.astype(float), found.index, found.similarity):
+        for query, index, similarity in zip(queries.astype(float), found.patch, found.similarity):
             table = [cosine(query, one.astype(float)) for one in bank]
             assert index == int(np.argmax(table))
             assert similarity == pytest.approx(max(table), abs=1e-6)
