@@ -24,6 +24,7 @@ from dinojax.errors import UserError, require
 from dinojax.models.chunks import images_in_cache, in_chunks
 from dinojax.models.layers import Linear, Module, torch_default_init
 from dinojax.models.vit import VisionTransformer
+from dinojax.parallel import divide_parameters, gather
 from dinojax.precision import at_least_float32
 from dinojax.pretraining.monitors import gradient_norms
 from dinojax.pretraining.schedules import Schedule
@@ -241,7 +242,7 @@ def make_logits(
         parameters = merge_parameters(trainable, frozen, lora_alpha=lora_alpha)
         if compute_dtype is not None:
             parameters = jax.tree.map(lambda x: x.astype(compute_dtype), parameters)
-        network = nnx.merge(graphdef, parameters)
+        network = nnx.merge(graphdef, gather(parameters))
         if "backbone" in trainable and not inference:
             return network(images, key=key, remat=remat)
         return network.head(in_chunks(network.backbone, network.backbone.config, images).cls_token)
@@ -253,7 +254,8 @@ def head_logits(
     trainable: PyTree, frozen: PyTree, features: Float[Array | np.ndarray, "batch dim"], key: DropPathKey = None
 ) -> Logits:
     """The logits of mode "linear" from class tokens that were computed before; `frozen` and `key` are not used."""
-    return features @ trainable["head"]["kernel"][...] + trainable["head"]["bias"][...][None]
+    head = gather(trainable["head"])
+    return features @ head["kernel"][...] + head["bias"][...][None]
 
 
 def make_finetune_step(
@@ -325,7 +327,7 @@ def make_finetune_step(
             ema = moving_average(trainable, state.ema, 1 - decay)
         accuracy = hits / jnp.sum(labels >= 0, dtype=loss.dtype)
         metrics = {"loss": loss, "accuracy": accuracy, "gradient_norm": gradient_norms(gradients, None)[0]}
-        return FinetuneState(state.step + 1, trainable, opt_state, ema), metrics
+        return divide_parameters(FinetuneState(state.step + 1, trainable, opt_state, ema)), metrics
 
     return step
 

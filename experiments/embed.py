@@ -174,6 +174,7 @@ def _check(config: Config) -> Path:
 
 def _plan(config: Config) -> tuple["Plan", int]:
     """What is computed, and the patch size of the model."""
+    from dinojax.parallel import make_mesh
     from experiments.embedding import pipeline
     from experiments.features.extractor import FeatureExtractor, check_image_size, seen_size
 
@@ -198,6 +199,7 @@ def _plan(config: Config) -> tuple["Plan", int]:
         cache_dir=config.run.cache_dir,
         blocks=rows.layers,
         maps=int(rows.dense),
+        mesh=make_mesh(settings.mesh),
     )
     return pipeline.Plan(extractor, rows.layers, rows.patches, rows.dense, grid), model.config.patch_size
 

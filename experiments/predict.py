@@ -165,6 +165,7 @@ def _images(path: Path) -> "Split":
 
 def _features(config: Config, index: Mapping[str, Any], split: "Split") -> "FeatureParts":
     """Features of the images, computed as in the run."""
+    from dinojax.parallel import make_mesh
     from experiments.features.extractor import FeatureExtractor
 
     weights, cache_dir = config.model.weights or index["weights"], config.output.cache_dir
@@ -176,6 +177,7 @@ def _features(config: Config, index: Mapping[str, Any], split: "Split") -> "Feat
         dtype=index["dtype"],
         batch_size=config.model.batch_size,
         cache_dir=cache_dir,
+        mesh=make_mesh(config.model.mesh),
     )
     if extractor.fingerprint != index["weights_fingerprint"]:
         raise UserError(

@@ -15,10 +15,11 @@ ALLOWED = {
     "experiments": {"experiments", "converters", "dinojax"},
     "benchmarks": {"benchmarks", "experiments", "converters", "dinojax"},
 }
-# These work on any arrays: they import nothing of ours but the error class and each other.
+# These work on any arrays, on any devices: they import nothing of ours but the error class and each other.
 ON_THEIR_OWN = ("dinojax.models.layers", "dinojax.models.position", "dinojax.pretraining.losses",
                 "dinojax.pretraining.dinov2_losses", "dinojax.pretraining.masking", "dinojax.pretraining.schedules",
-                "dinojax.errors", "dinojax.precision", "dinojax.image_ops", "dinojax.maps")  # fmt: skip
+                "dinojax.errors", "dinojax.parallel", "dinojax.precision", "dinojax.image_ops",
+                "dinojax.maps")  # fmt: skip
 HEAVY = {"torch", "tensorflow", "transformers", "matplotlib", "tyro", "tqdm"}
 GRAPH = import_graph()
 
@@ -55,7 +56,9 @@ def test_arrays_in_arrays_out_needs_nothing_of_ours():
         assert GRAPH[module] <= set(ON_THEIR_OWN), module
     for module, imported in GRAPH.items():
         if module.startswith("dinojax.probes"):
-            assert all(other.startswith(("dinojax.probes", "dinojax.errors")) for other in imported), module
+            assert all(
+                other.startswith(("dinojax.probes", "dinojax.errors", "dinojax.parallel")) for other in imported
+            ), module
 
 
 def test_commands_never_import_each_other():

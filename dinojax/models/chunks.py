@@ -13,6 +13,7 @@ from jaxtyping import Array, Shaped
 
 from dinojax.errors import UserError
 from dinojax.models.vit import ViTConfig
+from dinojax.parallel import device_count
 
 # Activations of one layer that stay in a CPU's cache, by measurement with ViT-S/14 at 224 px: 8 images.
 _CACHED_NUMBERS = 8 * 257 * 384
@@ -29,7 +30,7 @@ def in_chunks(
     images: Shaped[Array | np.ndarray, "batch height width channels"],
     *others: Shaped[Array | np.ndarray, "batch *_rest"] | None,
 ) -> Any:
-    """`function(images, *others)`, computed chunk by chunk where that is faster: inside jit, on a CPU.
+    """`function(images, *others)`, computed chunk by chunk where that is faster: inside jit, on one CPU.
 
     Args:
         function: a pytree of arrays "batch …" from images and others; each image must be treated on its own.
@@ -47,7 +48,8 @@ def in_chunks(
         raise UserError("the batch is empty: one image or more was expected")
     most = min(batch, images_in_cache(tokens, config.embed_dim))
     chunk = max(size for size in range(1, most + 1) if batch % size == 0)
-    if chunk == batch or jax.default_backend() != "cpu" or not isinstance(images, jax.core.Tracer):
+    alone = jax.default_backend() == "cpu" and device_count() == 1  # chunks of a mesh would take turns
+    if chunk == batch or not alone or not isinstance(images, jax.core.Tracer):
         return function(images, *others)
     chunks = jax.tree.map(lambda x: x.reshape(batch // chunk, chunk, *x.shape[1:]), (images, *others))
     outputs = jax.lax.map(lambda chunk: function(*chunk), chunks)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from dinojax.precision import at_least_float32
 
@@ -166,11 +166,20 @@ class LayerScale(Module):
         return x * self.gamma[...][None, None]
 
 
-def drop_path(x: Float[Array, "batch *rest"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "batch *rest"]:
-    """Zeroes whole samples with probability `rate` and rescales the others; without a key, returns `x` unchanged."""
+def drop_path(
+    x: Float[Array, "batch *rest"],
+    rate: float,
+    key: Key[Array, ""] | None,
+    order: Int[np.ndarray, " batch"] | None = None,
+) -> Float[Array, "batch *rest"]:
+    """Zeroes whole samples with probability `rate` and rescales the others; without a key, returns `x` unchanged.
+
+    `order` is the place of each sample in the order of the draws, if that is another one.
+    """
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+    keep = keep if order is None else keep[order]
     return jnp.where(keep, x / (1 - rate), 0)
 
 
@@ -181,19 +190,24 @@ def add_branch(
     key: Key[Array, ""] | None,
     *,
     drop_subsets: bool = False,
+    drop_order: Int[np.ndarray, " batch"] | None = None,
 ) -> Float[Array, "batch *rest"]:
     """x + branch(x) with drop path: of each sample on its own, or of all samples but a random subset.
 
     With `drop_subsets` the branch is computed only for batch · (1 - rate) samples, at least one, drawn without
-    repetition, and rescaled: what is dropped is not computed. Without a key, or at rate 0, nothing is dropped.
+    repetition, and rescaled: what is dropped is not computed. With a `drop_order` (see `drop_path`) it is computed and
+    multiplied by zero. Without a key, or at rate 0, nothing is dropped.
 
     Source: facebookresearch/dinov2 b8931f7 `dinov2/layers/block.py`, `drop_add_residual_stochastic_depth`.
     """
     if not drop_subsets or key is None or rate == 0:
-        return x + drop_path(branch(x), rate, key)
+        return x + drop_path(branch(x), rate, key, drop_order)
     batch = len(x)
     kept = max(int(batch * (1 - rate)), 1)
     rows = jax.random.permutation(key, batch)[:kept]
+    if drop_order is not None:
+        factors = jnp.zeros(batch, x.dtype).at[rows].set(batch / kept)[drop_order]
+        return x + branch(x) * factors.reshape(batch, *[1] * (x.ndim - 1))
     return x.at[rows].add(branch(x[rows]) * (batch / kept), unique_indices=True)
 
 
@@ -225,10 +239,16 @@ class Block(Module):
         self.ls2 = None if init_values is None else LayerScale(dim, init_values)
 
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], *, key: Key[Array, ""] | None = None, drop_subsets: bool = False
+        self,
+        x: Float[Array, "batch tokens dim"],
+        *,
+        key: Key[Array, ""] | None = None,
+        drop_subsets: bool = False,
+        drop_order: Int[np.ndarray, " batch"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        add = functools.partial(add_branch, rate=self.drop_path_rate, drop_subsets=drop_subsets)
+        options = {"drop_subsets": drop_subsets, "drop_order": drop_order}
+        add = functools.partial(add_branch, rate=self.drop_path_rate, **options)
         x = add(x, lambda x: _scaled(self.ls1, self.attn(self.norm1(x))), key=attn_key)
         return add(x, lambda x: _scaled(self.ls2, self.mlp(self.norm2(x))), key=mlp_key)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Key
+from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from dinojax.errors import require
 from dinojax.models.layers import Block, LayerNorm, Module, PatchEmbed
@@ -152,6 +152,7 @@ class VisionTransformer(Module):
         *,
         key: Key[Array, ""] | None = None,
         drop_subsets: bool = False,
+        drop_order: Int[np.ndarray, " batch"] | None = None,
         remat: bool = False,
     ) -> Features:
         """Features of a batch of images.
@@ -161,6 +162,9 @@ class VisionTransformer(Module):
             masks: bool "batch patches": which patches the mask token replaces, in row-major order (DINOv2 only).
             key: draws drop path; None leaves it out.
             drop_subsets: drop path as DINOv2 trains: each branch is computed for a random subset of the images only.
+            drop_order: the place of each image in the order in which drop path is drawn; None takes them as they come.
+                With it, all images are computed in each branch, those that `drop_subsets` leaves out too, so that the
+                batch may be divided among devices.
             remat: keep only the input of each block, and compute its activations again for the gradient.
 
         Raises:
@@ -170,7 +174,7 @@ class VisionTransformer(Module):
         keys = [None] * len(self.blocks) if key is None else list(jax.random.split(key, len(self.blocks)))
         x = self._embed(images, masks)
         for block, block_key in zip(self.blocks, keys):
-            apply = functools.partial(Block.__call__, block, drop_subsets=drop_subsets)
+            apply = functools.partial(Block.__call__, block, drop_subsets=drop_subsets, drop_order=drop_order)
             x = (jax.checkpoint(apply) if remat else apply)(x, key=block_key)
         cls_token, register_tokens, patch_tokens = self._split(self.norm(x))
         return Features(cls_token, patch_tokens, register_tokens, prenorm=x)

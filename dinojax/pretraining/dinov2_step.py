@@ -18,6 +18,7 @@ from dinojax.models.chunks import in_chunks
 from dinojax.models.head import DINOHead
 from dinojax.models.layers import Module
 from dinojax.models.vit import VisionTransformer
+from dinojax.parallel import by_rows, device_count, merge, merged_order, rounded_up, unmerge
 from dinojax.precision import at_least_float32
 from dinojax.pretraining.dinov2_losses import (
     class_token_losses,
@@ -64,25 +65,26 @@ class DINOv2(Module):
         self, crops: Crops, masks: Masks | None = None, *, key: Key[Array, ""] | None = None, remat: bool = False
     ) -> tuple[Float[Array, "crops batch dim"], Float[Array, "crops batch patches dim"]]:
         """Class tokens and patch tokens of crops of one size; the key draws drop path by subsets of the crops."""
-        images = crops.reshape(-1, *crops.shape[2:])
-        flat_masks = None if masks is None else masks.reshape(-1, masks.shape[-1])
+        axes, order = crops.shape[:2], merged_order(crops.shape[:2])
+        images, flat_masks = merge(crops, keep=3), None if masks is None else merge(masks, keep=1)
 
         def of_images(images: Array, masks: Array | None) -> tuple[Array, Array]:
-            features = self.backbone(images, masks, key=key, drop_subsets=True, remat=remat)
+            features = self.backbone(images, masks, key=key, drop_subsets=True, drop_order=order, remat=remat)
             return features.cls_token, features.patch_tokens
 
         if key is None and not remat:
             tokens = in_chunks(of_images, self.backbone.config, images, flat_masks)
         else:
             tokens = of_images(images, flat_masks)
-        return tuple(x.reshape(*crops.shape[:2], *x.shape[1:]) for x in tokens)
+        return tuple(unmerge(x, axes) for x in tokens)
 
     def logits(
         self, class_tokens: Float[Array, "*rows dim"], patch_tokens: Float[Array, "*masked dim"]
     ) -> tuple[Float[Array, "*rows prototypes"], Float[Array, "*masked patch_prototypes"]]:
         """Logits of class tokens and of patch tokens; a shared head takes all together."""
-        if self.ibot_head is not None:
-            return self.dino_head(class_tokens), self.ibot_head(patch_tokens)
+        if self.ibot_head is not None or device_count() > 1:  # on a mesh, together they would have to move
+            patch_head = self.dino_head if self.ibot_head is None else self.ibot_head
+            return by_rows(self.dino_head, class_tokens), by_rows(patch_head, patch_tokens)
         flat = [x.reshape(-1, x.shape[-1]) for x in (class_tokens, patch_tokens)]
         of_classes, of_patches = jnp.split(self.dino_head(jnp.concatenate(flat)), [len(flat[0])])
         return of_classes.reshape(*class_tokens.shape[:-1], -1), of_patches.reshape(*patch_tokens.shape[:-1], -1)
@@ -249,8 +251,8 @@ def _ask_teacher(
 
     def of_part(part: tuple[Array, Array]) -> tuple[Array, Array, MaskedPatches]:
         class_tokens, patch_tokens = teacher.tokens(part[0])
-        masked = masked_patches(part[1], most_masked)
-        return class_tokens, gather_patches(patch_tokens, masked), masked
+        masked = masked_patches(merge(part[1], keep=1), rounded_up(most_masked))
+        return class_tokens, gather_patches(merge(patch_tokens, keep=2), masked), masked
 
     if len(crops) == 1:
         tokens, patches, masked = jax.tree.map(lambda x: x[None], of_part((crops[0], masks[0])))
@@ -260,19 +262,19 @@ def _ask_teacher(
     if objective.centering == "centering":
         targets = teacher_probs(logits, centers.classes, temperature)
         patch_targets = teacher_probs(patch_logits, centers.patches, temperature)
-        rows, patch_rows = logits.reshape(1, -1, logits.shape[-1]), patch_logits.reshape(-1, patch_logits.shape[-1])
+        rows, patch_rows = merge(logits, keep=1)[None], merge(patch_logits, keep=1)
         centers = Centers(
             updated_center(centers.classes, rows, objective.center_momentum),
-            updated_patch_center(centers.patches, patch_rows, masked.valid.ravel(), objective.center_momentum),
+            updated_patch_center(centers.patches, patch_rows, merge(masked.valid, keep=0), objective.center_momentum),
         )
     else:  # over both views and all parts together
         targets = _balanced(logits, temperature, None)
-        patch_targets = _balanced(patch_logits, temperature, masked.valid.ravel())
+        patch_targets = _balanced(patch_logits, temperature, merge(masked.valid, keep=0))
     return Teacher(tokens, targets, patch_targets, masked), centers
 
 
 def _balanced(logits: Array, temperature: Array, valid: Array | None) -> Array:
-    return sinkhorn_knopp(logits.reshape(-1, logits.shape[-1]), temperature, valid).reshape(logits.shape)
+    return unmerge(sinkhorn_knopp(merge(logits, keep=1), temperature, valid), logits.shape[:-1])
 
 
 def _make_student_loss(
@@ -287,7 +289,8 @@ def _make_student_loss(
         keys = [None] * len(part) if key is None else list(jax.random.split(key, len(part)))
         tokens, patches = net.tokens(global_crops, masks, key=keys[0], remat=remat)
         others = [net.tokens(crops, key=own, remat=remat)[0] for crops, own in zip(local_crops, keys[1:])]
-        logits, patch_logits = net.logits(jnp.concatenate([tokens, *others]), gather_patches(patches, teacher.masked))
+        masked = gather_patches(merge(patches, keep=2), teacher.masked)
+        logits, patch_logits = net.logits(jnp.concatenate([tokens, *others]), masked)
         temperature, views = objective.student_temp, len(tokens)
         local_loss, global_loss = class_token_losses(logits[views:], logits[:views], teacher.class_targets, temperature)
         images = masks.shape[0] * masks.shape[1]
@@ -312,7 +315,7 @@ def _koleo(tokens: Float[Array, "crops images dim"], group: int | None) -> Float
     group = images if group is None else group
     if images % group:
         raise ValueError(f"koleo_group={group} does not divide the {images} images of a part")
-    losses = jax.vmap(koleo_loss)(tokens.reshape(-1, group, dim))
+    losses = jax.vmap(koleo_loss)(merge(tokens.reshape(crops, -1, group, dim), keep=2))
     return crops * jnp.mean(losses)
 
 
@@ -330,5 +333,5 @@ def _metrics(terms: dict[str, Array], teacher: Teacher, masks: Array, *, local_c
         "class_entropy": jnp.mean(entropies[0]),
         "patch_entropy": jnp.sum(jnp.where(valid, entropies[1], 0)) / jnp.maximum(jnp.sum(valid), 1),
         "masked_share": jnp.mean(masks, dtype=terms["loss"].dtype),
-        "feature_std": feature_std(teacher.class_tokens[:, 0].reshape(-1, teacher.class_tokens.shape[-1])),
+        "feature_std": feature_std(merge(teacher.class_tokens[:, 0], keep=1)),
     }

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dinojax.parallel import norm
 from dinojax.precision import at_least_float32
 
 # Signs of a teacher that answers the same for every image: a loss within this share of log K, or this spread or less.
@@ -37,7 +38,7 @@ def gradient_norms(gradients: Any, clip_norm: float | None) -> tuple[Float[Array
 
     The share is 0 if `clip_norm` is None or 0.
     """
-    norms = jnp.stack([jnp.linalg.norm(gradient.ravel()) for gradient in jax.tree.leaves(gradients)])
+    norms = jnp.stack([norm(gradient) for gradient in jax.tree.leaves(gradients)])
     clipped = norms > clip_norm if clip_norm else jnp.zeros(norms.shape, bool)
     return jnp.linalg.norm(norms), jnp.mean(clipped, dtype=norms.dtype)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from dinojax.parallel import norm
 from dinojax.pretraining.schedules import Schedule
 
 LAST_LAYER = "last_layer"
@@ -70,8 +71,7 @@ def clip_by_tensor_norm(max_norm: float) -> optax.GradientTransformation:
     """Scales each tensor g by min(1, max_norm / (‖g‖ + 1e-6))."""
 
     def clip(gradient: Array) -> Array:
-        norm = jnp.linalg.norm(gradient.ravel())
-        return gradient * jnp.minimum(1, max_norm / (norm + 1e-6)).astype(gradient.dtype)
+        return gradient * jnp.minimum(1, max_norm / (norm(gradient) + 1e-6)).astype(gradient.dtype)
 
     return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
 

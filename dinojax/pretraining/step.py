@@ -20,6 +20,7 @@ from dinojax.models.files import Network
 from dinojax.models.head import DINOHead
 from dinojax.models.layers import Module
 from dinojax.models.vit import VisionTransformer
+from dinojax.parallel import by_rows, divide, divide_parameters, gather, merge, merged_order, unmerge
 from dinojax.precision import at_least_float32
 from dinojax.pretraining.augment import MultiCropConfig, multi_crop
 from dinojax.pretraining.losses import dino_loss, dino_loss_in_chunks, entropy, teacher_probs, updated_center
@@ -46,7 +47,7 @@ class DINO(Module):
         self, crops: Sequence[Crops], *, key: Key[Array, ""] | None = None, remat: bool = False
     ) -> Float[Array, "crops batch prototypes"]:
         """Logits of groups of crops, in the given order; the crops of a group have one size."""
-        return self.head(self.features(crops, key=key, remat=remat))
+        return by_rows(self.head, self.features(crops, key=key, remat=remat))
 
     def features(
         self, crops: Sequence[Crops], *, key: Key[Array, ""] | None = None, remat: bool = False
@@ -55,12 +56,12 @@ class DINO(Module):
         keys = [None] * len(crops) if key is None else list(jax.random.split(key, len(crops)))
         tokens = []
         for group, group_key in zip(crops, keys):
-            images = group.reshape(-1, *group.shape[2:])
+            images, axes = merge(group, keep=3), group.shape[:2]
             if key is None and not remat:
                 outputs = in_chunks(self.backbone, self.backbone.config, images)
             else:
-                outputs = self.backbone(images, key=group_key, remat=remat)
-            tokens.append(outputs.cls_token.reshape(*group.shape[:2], -1))
+                outputs = self.backbone(images, key=group_key, drop_order=merged_order(axes), remat=remat)
+            tokens.append(unmerge(outputs.cls_token, axes))
         return jnp.concatenate(tokens)
 
 
@@ -200,17 +201,20 @@ def updated_state(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.student)
     student = optax.apply_updates(state.student, updates)
     teacher = moving_average(student, state.teacher, 1 - teacher_momentum(state.step))
-    return TrainState(state.step + 1, student, teacher, opt_state, center)
+    return divide_parameters(TrainState(state.step + 1, student, teacher, opt_state, center))
 
 
 def make_network(model: Network, compute_dtype: DTypeLike | None) -> Callable[[PyTree], Network]:
-    """Returns `network(parameters)`: the model with these parameters, cast to `compute_dtype` if that is given."""
+    """Returns `network(parameters)`: the model with these parameters, cast to `compute_dtype` if that is given.
+
+    On a mesh the parameters are gathered after the cast; gradients are summed over the devices in that dtype too.
+    """
     graphdef, _ = nnx.split(model, nnx.Param)
 
     def network(parameters: PyTree) -> Network:
         if compute_dtype is not None:
             parameters = jax.tree.map(lambda x: x.astype(compute_dtype), parameters)
-        return nnx.merge(graphdef, parameters)
+        return nnx.merge(graphdef, gather(parameters))
 
     return network
 
@@ -233,15 +237,16 @@ def _make_gradients(
         features = teacher.features(crops[:1])
 
         def whole(student: PyTree) -> tuple[Array, tuple[Array, Array]]:
-            logits = teacher.head(features)
+            logits = by_rows(teacher.head, features)
             targets = teacher_probs(logits, state.center, temperature)
             loss = dino_loss(network(student)(crops, key=key, remat=remat), targets, student_temp)
             return loss, (entropy(targets), jnp.mean(logits, axis=(0, 1), dtype=state.center.dtype))
 
         def in_chunks(student: PyTree) -> tuple[Array, tuple[Array, Array]]:
             net = network(student)
-            ours, prototypes = net.head.embed(net.features(crops, key=key, remat=remat)), net.head.last_layer.weight()
-            theirs, their_prototypes = teacher.head.embed(features), teacher.head.last_layer.weight()
+            ours = by_rows(net.head.embed, net.features(crops, key=key, remat=remat))
+            theirs = by_rows(teacher.head.embed, features)
+            prototypes, their_prototypes = net.head.last_layer.weight(), teacher.head.last_layer.weight()
             temperatures = (temperature, student_temp)
             loss, entropy = dino_loss_in_chunks(
                 ours,
@@ -265,7 +270,7 @@ def _make_gradients(
 def split_batch(crops: Sequence[Shaped[Array, "_crops batch *_rest"]], parts: int) -> list[Array]:
     """Each array as "parts crops images …"; the images of a part are neighbours in the batch."""
     images = part_size(crops[0].shape[1], parts)
-    return [jnp.moveaxis(x.reshape(len(x), parts, images, *x.shape[2:]), 1, 0) for x in crops]
+    return [divide(jnp.moveaxis(x.reshape(len(x), parts, images, *x.shape[2:]), 1, 0), axis=2) for x in crops]
 
 
 class Batches(NamedTuple):
@@ -296,7 +301,9 @@ def make_pretrain_steps(
     crop_key, drop_key = jax.random.split(key)
 
     def one(state: TrainState, images: Array, batch: Batches) -> tuple[TrainState, Metrics]:
-        views = multi_crop(jax.random.fold_in(crop_key, batch.epochs), images[batch.rows], crops, batch.ids)
+        chosen = divide(images[batch.rows])
+        views = multi_crop(jax.random.fold_in(crop_key, batch.epochs), chosen, crops, batch.ids)
+        views = [divide(group, axis=1) for group in views]
         groups = views if crops.local_crops else views[:1]
         return train_step(state, groups, jax.random.fold_in(drop_key, state.step) if drop_path else None)
 

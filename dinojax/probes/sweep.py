@@ -10,9 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from dinojax.errors import require
+from dinojax.parallel import batch_sharding, divide, on_mesh, replicated
 from dinojax.probes.labelled import check_finite, check_labelled, check_range
 from dinojax.probes.linear import LinearHead, cross_entropy, minibatches
 
@@ -74,12 +76,15 @@ def fit_linear_sweep(
     learning_rates: Sequence[float] = SWEEP_LEARNING_RATES,
     steps: int = 12_500,
     batch_size: int = 128,
+    mesh: Mesh | None = None,
 ) -> SweepResult:
     """Trains one linear classifier for each learning rate and each of four inputs, on the same minibatches.
 
     The features of an image are the CLS tokens of its last blocks, followed by its mean patch token. The inputs are the
     CLS token of the last block or of all these blocks, each with and without the mean patch token. Each classifier
     equals the result of `fit_sgd_linear` for its input and rate with the same `key`.
+
+    On a mesh each device keeps its share of the training features, and trains its share of the rates.
 
     Raises:
         UserError: features, labels or settings that cannot be learned from.
@@ -90,17 +95,15 @@ def fit_linear_sweep(
     blocks = train_features.shape[1] - 1
     inputs = [(n, mean_patch) for n in dict.fromkeys((1, blocks)) for mean_patch in (False, True)]
     columns = tuple(_columns(train_features.shape[1:], *choice) for choice in inputs)
+    train, heldout = (train_features, train_labels), (heldout_features, heldout_labels)
     options = {"columns": columns, "num_classes": num_classes}
-    heads = train_heads(
-        _flat(train_features),
-        jnp.asarray(train_labels),
-        key,
-        jnp.asarray(learning_rates, float),
-        steps=steps,
-        batch_size=min(batch_size, len(train_labels)),
-        **options,
-    )
-    loss, accuracy = evaluate_heads(heads, _flat(heldout_features), jnp.asarray(heldout_labels), **options)
+    training = {"steps": steps, "batch_size": min(batch_size, len(train_labels))}
+    if mesh is None or mesh.size == 1:
+        rates = jnp.asarray(learning_rates, float)
+        heads = train_heads(_flat(train_features), jnp.asarray(train_labels), key, rates, **training, **options)
+        loss, accuracy = evaluate_heads(heads, _flat(heldout_features), jnp.asarray(heldout_labels), **options)
+    else:
+        heads, loss, accuracy = _sweep_on(mesh, train, heldout, key, learning_rates, training, options)
     loss, accuracy = np.asarray(loss), np.asarray(accuracy)
     best = int(np.lexsort((loss, -accuracy))[0])
     group, place = divmod(best, len(learning_rates))
@@ -108,6 +111,43 @@ def fit_linear_sweep(
     head = LinearHead(heads[group].kernel[:, mine], heads[group].bias[mine])
     settings = tuple(SweepSettings(rate, *choice) for choice in inputs for rate in learning_rates)
     return SweepResult(settings, accuracy, loss, best, head)
+
+
+def _sweep_on(
+    mesh: Mesh,
+    train: tuple,
+    heldout: tuple,
+    key: Key[Array, ""],
+    learning_rates: Sequence[float],
+    training: dict,
+    options: dict,
+) -> tuple[list[LinearHead], np.ndarray, np.ndarray]:
+    """Heads, held-out loss and accuracy, by devices that each have a share of the features and of the rates."""
+    whole = replicated(mesh)
+    # As many rates as can be shared; those that are added move nothing.
+    rates = np.zeros(-(-len(learning_rates) // mesh.size) * mesh.size)
+    rates[: len(learning_rates)] = learning_rates
+    features, labels = (np.asarray(one) for one in train)
+    features = np.pad(_flat_rows(features), ((0, -len(features) % mesh.size), (0, 0)))
+    given = jax.device_put(jnp.asarray(labels), whole), jax.device_put(key, whole), jax.device_put(rates, whole)
+    train_on = jax.jit(on_mesh(partial(train_heads.__wrapped__, **training, **options), mesh))
+    heads = train_on(jax.device_put(features, batch_sharding(mesh)), *given)
+    evaluate = jax.jit(on_mesh(partial(evaluate_heads.__wrapped__, **options), mesh))
+    numbers, counts = [], []
+    for start in range(0, len(heldout[1]), _ROWS):
+        rows = slice(start, start + _ROWS)
+        part = _flat_rows(np.asarray(heldout[0][rows])), np.asarray(heldout[1][rows])
+        numbers.append(jax.tree.map(np.asarray, evaluate(heads, *jax.device_put(part, whole))))
+        counts.append(len(part[1]))
+    loss, accuracy = (
+        np.average(np.stack(one), axis=0, weights=counts).reshape(-1, len(rates))[:, : len(learning_rates)].ravel()
+        for one in zip(*numbers)
+    )
+    return jax.tree.map(np.asarray, heads), loss, accuracy
+
+
+def _flat_rows(features: np.ndarray) -> Float[np.ndarray, "images width"]:
+    return features.reshape(len(features), -1).astype(jnp.asarray(0.0).dtype)
 
 
 def fit_sgd_linear(
@@ -147,7 +187,7 @@ def train_heads(features, labels, key, learning_rates, *, columns, num_classes, 
     """For each of `columns`, the heads of all learning rates side by side, "width rates*classes"."""
     init_key, order_key = jax.random.split(key)
     rates = jnp.repeat(learning_rates * (batch_size / 256), num_classes)
-    heads = [_initial(init_key, stop - start, num_classes, len(learning_rates)) for start, stop in columns]
+    heads = _shared([_initial(init_key, stop - start, num_classes, len(learning_rates)) for start, stop in columns])
 
     def loss(heads, rows, labels):
         scores = [_scores(head, rows[:, slice(*place)], num_classes) for head, place in zip(heads, columns)]
@@ -160,11 +200,16 @@ def train_heads(features, labels, key, learning_rates, *, columns, num_classes, 
         velocity = jax.tree.map(lambda v, g: _MOMENTUM * v + g, velocity, gradients)
         step_size = rates * (0.5 * (1 + jnp.cos(jnp.pi * step / steps)))
         heads = jax.tree.map(lambda p, v: p - jnp.broadcast_to(step_size, v.shape) * v, heads, velocity)
-        return (heads, velocity), None
+        return (_shared(heads), velocity), None
 
     batches = minibatches(order_key, len(labels), batch_size, steps)
     carry = heads, jax.tree.map(jnp.zeros_like, heads)
     return jax.lax.scan(step, carry, (batches, jnp.arange(steps)))[0][0]
+
+
+def _shared(heads: list[LinearHead]) -> list[LinearHead]:
+    """Heads whose rates are divided among the devices of a mesh."""
+    return [LinearHead(divide(head.kernel, axis=1), divide(head.bias)) for head in heads]
 
 
 @partial(jax.jit, static_argnames=("columns", "num_classes"))

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ from dinojax.models.chunks import in_chunks
 from dinojax.models.files import named_parameters
 from dinojax.models.preprocessing import Preprocessing
 from dinojax.models.vit import VisionTransformer
+from dinojax.parallel import batch_sharding, on_mesh, replicated
 from dinojax.precision import matmul_precision
 from experiments.data.splits import Split, digest
 from experiments.data.squares import load_square
@@ -86,6 +88,7 @@ class FeatureExtractor:
         cache_dir: its folder `features/`, here `root`, holds the features; None takes `converters.cache.cache_folder`.
         blocks: number of the last blocks whose CLS tokens are kept; at most as many as the model has.
         maps: number of last blocks whose patch tokens, joined, `finished` also gives; `extract` does not.
+        mesh: the devices that share each batch, which is rounded up to a multiple of their number; None takes one.
 
     Raises:
         UserError: a size that the model does not take.
@@ -102,11 +105,14 @@ class FeatureExtractor:
         batch_size: int | None = None,
         blocks: int = LAST_BLOCKS,
         maps: int = 0,
+        mesh: Mesh | None = None,
     ):
         check_image_size(model, image_size)
         self.image_size = image_size
         self.dtype = jnp.dtype(resolve_dtype(dtype))
         self.batch_size = min(batch_size or default_batch(model, (1, image_size, image_size, 3)), _SHARD_IMAGES)
+        if mesh is not None:
+            self.batch_size = -(-self.batch_size // mesh.size) * mesh.size
         blocks = min(blocks, model.config.depth)
         self.shape = (blocks + 1, model.config.embed_dim)
         self.grid = image_size // model.config.patch_size
@@ -114,7 +120,7 @@ class FeatureExtractor:
         self.fingerprint = fingerprint(model)
         self.parameters = sum(array.size for array in named_parameters(model).values())
         self._normalisation = [list(map(float, numbers)) for numbers in normalisation]
-        self._forward = make_forward(model, normalisation, self.dtype, blocks=blocks, maps=maps)
+        self._forward = make_forward(model, normalisation, self.dtype, blocks=blocks, maps=maps, mesh=mesh)
 
     @property
     def description(self) -> dict[str, object]:
@@ -244,18 +250,18 @@ def make_forward(
     *,
     blocks: int = LAST_BLOCKS,
     maps: int = 0,
+    mesh: Mesh | None = None,
 ) -> Callable[[UInt8[np.ndarray, "batch size size 3"]], tuple[Array, ...]]:
     """From uint8 pixels to float32 tokens "batch tokens dim" (see the top of the file).
 
     With `maps`, the float16 patch tokens of that many last blocks, "batch rows columns maps·dim", are the second
-    output. The parameters are cast to `dtype` once.
+    output. The parameters are cast to `dtype` once; on a mesh they are whole on each device, and the batch is divided.
     """
     graphdef, state = nnx.split(model)
     state = jax.tree.map(lambda x: x.astype(dtype), state)
     blocks = min(blocks, model.config.depth)
     preprocessing = Preprocessing(*normalisation)
 
-    @jax.jit
     def forward(state, pixels):
         images = normalize(pixels, preprocessing)
         with jax.default_matmul_precision(matmul_precision(dtype)):
@@ -271,7 +277,11 @@ def make_forward(
         joined = jnp.concatenate([patches for patches, _ in layers[-maps:]], axis=-1)
         return tokens, joined.reshape(len(pixels), *grid, -1).astype(jnp.float16)
 
-    return lambda pixels: forward(state, pixels)
+    if mesh is None or mesh.size == 1:
+        forward = jax.jit(forward)
+        return lambda pixels: forward(state, pixels)
+    forward, state = jax.jit(on_mesh(forward, mesh)), jax.device_put(state, replicated(mesh))
+    return lambda pixels: forward(state, jax.device_put(pixels, batch_sharding(mesh)))
 
 
 def seen_size(model: VisionTransformer, image_size: int) -> str:

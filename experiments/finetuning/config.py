@@ -17,6 +17,7 @@ from experiments.runs.settings import (
     POSITIVE,
     PROBABILITY,
     UNIMPORTANT,
+    DeviceSettings,
     Flags,
     ModelSettings,
     ResumableSettings,
@@ -162,8 +163,8 @@ class TrainingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class ComputeSettings:
-    """Memory and speed."""
+class ComputeSettings(DeviceSettings):
+    """Memory, speed and devices."""
 
     accumulation_steps: Annotated[int | None, POSITIVE] = None
     """Number of micro-batches per step. More of them need less memory and give the same step. None takes 1, or on a CPU

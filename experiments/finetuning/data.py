@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dinojax.errors import UserError
 from dinojax.finetune import ImageClassifier, head_logits, make_logits
 from dinojax.images.resize import Resampling, resize_square
+from dinojax.parallel import batch_sharding, check_divides, make_mesh, replicated, state_shardings
 from experiments.data.folder import ImageFolder
 from experiments.data.loader import Batch, epoch_rows, make_loader
 from experiments.data.splits import Split
@@ -39,23 +38,29 @@ class Task(NamedTuple):
 
 
 class Placement:
-    """The devices: batches are divided among them, parameters are copied to each.
+    """The devices: batches are divided among them, and parameters as the mesh says.
+
+    Args:
+        mesh: as `dinojax.parallel.make_mesh` takes it.
+        batch_size: images per step, over all devices.
+        parts: number of equal parts that are computed one after the other.
 
     Raises:
         UserError: the batch cannot be divided equally.
     """
 
-    def __init__(self, batch_size: int):
-        devices = jax.device_count()
-        if batch_size % devices:
-            raise UserError(f"--batch-size {batch_size} is not a multiple of the {devices} devices that share it")
-        mesh = jax.make_mesh((devices,), ("batch",), axis_types=(AxisType.Auto,))
-        self._sharded = NamedSharding(mesh, PartitionSpec("batch"))
-        self._replicated = NamedSharding(mesh, PartitionSpec())
+    def __init__(self, mesh: str | None, batch_size: int, parts: int = 1):
+        self.mesh = make_mesh(mesh)
+        check_divides(self.mesh, batch_size, parts)
+        self._sharded, self._replicated = batch_sharding(self.mesh), replicated(self.mesh)
 
     def shard(self, batch: Any) -> Any:
         """Divides arrays among the devices along their first axis."""
         return jax.device_put(batch, self._sharded)
+
+    def spread(self, state: Any) -> Any:
+        """Divides the large tensors of a state among devices, see `state_shardings`."""
+        return jax.device_put(state, state_shardings(self.mesh, state))
 
     def replicate(self, arrays: Any) -> Any:
         """Copies arrays to each device."""
@@ -131,7 +136,7 @@ class FeatureData:
 
     logits_of = staticmethod(head_logits)
 
-    def __init__(self, config: FinetuneConfig, task: Task):
+    def __init__(self, config: FinetuneConfig, task: Task, place: Placement):
         self._config, self._task = config, task
         extractor = FeatureExtractor(
             task.backbone.model,
@@ -139,6 +144,7 @@ class FeatureData:
             image_size=task.image_size,
             cache_dir=config.run.cache_dir,
             dtype=config.model.dtype,
+            mesh=place.mesh,
         )
         splits, options = [task.images.train, *task.evaluated], {"interpolation": config.views.interpolation}
         cropped = [centre_cropped(split, task.resize, task.image_size, **options) for split in splits]

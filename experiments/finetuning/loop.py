@@ -35,6 +35,7 @@ from dinojax.finetune import (
     weighted_cross_entropy,
 )
 from dinojax.models.files import abstract_model, named_parameters, with_parameters
+from dinojax.parallel import make_mesh, on_mesh
 from dinojax.pretraining.schedules import Schedule, cosine_schedule
 from experiments.data.folder import load_image_folder
 from experiments.data.loader import Batch
@@ -113,7 +114,7 @@ class Training:
         self.trainable, self.frozen = split_parameters(
             self.model, training.mode, lora_rank=training.lora_rank, key=jax.random.fold_in(self.root, 2)
         )
-        self.place = Placement(training.batch_size)
+        self.place = Placement(config.compute.mesh, training.batch_size, config.compute.accumulation_steps or 1)
         self.schedule = _schedule(training, self.steps_per_epoch)
         self.optimizer = finetune_optimizer(
             training.mode,
@@ -126,7 +127,7 @@ class Training:
         )
         self.dtype = resolve_dtype(config.model.dtype)
         self.data = (
-            FeatureData(config, task)
+            FeatureData(config, task, self.place)
             if training.mode == "linear" and not config.views.augment
             else ImageData(config, task, self.place, self.model, self.dtype)
         )
@@ -145,12 +146,13 @@ class Training:
             drop = jax.random.fold_in(jax.random.fold_in(self.root, 1), state.step)
             return update(state, frozen, inputs, batch.labels, drop)
 
-        self.step = jax.jit(step, donate_argnums=0)
-        self.forward = jax.jit(lambda parameters, frozen, images: self.data.logits(parameters, frozen, images))
+        mesh = self.place.mesh
+        self.step = jax.jit(on_mesh(step, mesh), donate_argnums=0)
+        self.forward = jax.jit(on_mesh(self.data.logits, mesh))
 
     def _micro_batches(self) -> int:
         """As many as it takes for each to fit the caches of a CPU."""
-        if jax.default_backend() != "cpu" or self.config.training.mode == "linear":
+        if jax.default_backend() != "cpu" or self.place.mesh.size > 1 or self.config.training.mode == "linear":
             return 1
         return cached_parts(self.task.backbone.model, self.config.training.batch_size, self.task.image_size)
 
@@ -172,7 +174,7 @@ class Training:
             if first:
                 print(f"resuming after epoch {first} of {config.training.epochs}", flush=True)
             with measured() as cost:
-                self._epochs(self.place.replicate(state), first, checkpoints)
+                self._epochs(self.place.spread(state), first, checkpoints)
             checkpoints.wait()
             best = checkpoints.restore_best(like)
             for sentence in best.skipped:
@@ -185,20 +187,20 @@ class Training:
             trainable=trainable,
             parameters=count_parameters(kept),
             peak_mib=_device_peak_mib() or cost.peak_mib,
-            logits={split.name: self.evaluate(self.place.replicate(parameters), split) for split in task.evaluated},
+            logits={split.name: self.evaluate(self.place.spread(parameters), split) for split in task.evaluated},
         )
         finish(self.folder, config, task, nnx.merge(nnx.split(self.model, nnx.Param)[0], kept), result, self.dtype)
 
     def evaluate(self, parameters: Any, split: Split) -> Float[np.ndarray, "images classes"]:
         """The logits of all images of a split."""
-        frozen, parts = self.place.replicate(self.frozen), []
+        frozen, parts = self.place.spread(self.frozen), []
         for inputs, count in self.data.evaluation_inputs(split):
             parts.append(np.asarray(self.forward(parameters, frozen, inputs), np.float32)[:count])
         return np.concatenate(parts)
 
     def _epochs(self, state: FinetuneState, first: int, checkpoints: TrainingCheckpoints) -> None:
         config, images = self.config.training, len(self.task.images.train)
-        frozen = self.place.replicate(self.frozen)
+        frozen = self.place.spread(self.frozen)
         log_so_far = [record for record in read_log(self.folder) if record["epoch"] <= first]
         scores = [record["score"] for record in log_so_far]
         bar = tqdm(
@@ -276,7 +278,7 @@ def _device_peak_mib() -> float | None:
 
 def _introduce(config: FinetuneConfig, task: Task) -> None:
     """Says what will be done; flushed, because the output may go to a file."""
-    images, devices = task.images, jax.devices()
+    images, devices = task.images, make_mesh(config.compute.mesh).devices.ravel()
     for note in images.notes:
         print(f"note: {note}")
     parts = [f"{len(split):,} {split.name}" for split in (images.train, *task.evaluated)]

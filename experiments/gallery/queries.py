@@ -28,6 +28,7 @@ def embed_photos(
     Raises:
         UserError: the model is not found or is not that of the bank, or a photo cannot be read.
     """
+    from dinojax.parallel import make_mesh
     from experiments.data.files import split_of_paths
     from experiments.embedding.table import CLS, MEAN_PATCH
     from experiments.features.backbones import load_backbone
@@ -45,6 +46,7 @@ def embed_photos(
         dtype=meta["dtype"],
         batch_size=settings.batch_size,
         cache_dir=cache_dir,
+        mesh=make_mesh(settings.mesh),
     )
     if extractor.fingerprint != meta["weights_fingerprint"]:
         raise UserError(

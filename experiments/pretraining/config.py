@@ -17,6 +17,7 @@ from experiments.runs.settings import (
     PROBABILITY,
     UNIMPORTANT,
     DataSettings,
+    DeviceSettings,
     Dtype,
     Flags,
     ResumableSettings,
@@ -113,8 +114,8 @@ class DistillationSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class ComputeSettings:
-    """Number type, memory and speed."""
+class ComputeSettings(DeviceSettings):
+    """Number type, memory, speed and devices."""
 
     dtype: Dtype = "auto"
     """Number type of the networks' computation. auto is float32 on a CPU and bfloat16 on a GPU or TPU; weights stay

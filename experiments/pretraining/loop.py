@@ -23,6 +23,7 @@ from dinojax.checkpoint import TrainingCheckpoints
 from dinojax.commands import answering_signals
 from dinojax.errors import UserError
 from dinojax.models.vit import VisionTransformer
+from dinojax.parallel import check_divides, make_mesh, mesh_in_words, replicated
 from dinojax.pretraining.step import TrainState
 from experiments.data.splits import Dataset
 from experiments.data.unlabelled import load_images
@@ -78,13 +79,14 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         if not result.is_file() and not _train(config, folder, dataset, start):
             return PretrainResult(folder, None)
         if evaluate:
-            evaluate_training(folder, folder / EVALUATION, dataset, data, config.run)
+            evaluate_training(folder, folder / EVALUATION, dataset, data, config.run, config.compute.mesh)
         return _result(folder)
 
 
 def _check_batch(config: PretrainConfig, images: int, held_out: int) -> None:
-    """Raises a `UserError` if the training images do not fill a batch."""
+    """Raises a `UserError` if the devices cannot share a batch, or the training images do not fill one."""
     batch, parts = config.training.batch_size, config.compute.accumulation_steps
+    check_divides(make_mesh(config.compute.mesh), batch, parts)
     if images < batch:
         most = images // parts * parts
         way = f"give --batch-size {most}" if most else "add images"
@@ -146,12 +148,13 @@ class Run:
         self.config, self.folder, self.dataset, self.images, self.monitor = config, folder, dataset, images, monitor
         self.sampler = EpochSampler(len(images), config.training.batch_size, config.run.seed)
         self.program: Program = make_program(config, self.sampler.steps_per_epoch, start)
-        self.embed: Embed = make_embed(self.program.backbone_graph, config)
+        self.embed: Embed = make_embed(self.program.backbone_graph, config, self.program.mesh)
         self.total_steps = config.training.epochs * self.sampler.steps_per_epoch
 
     def introduce(self) -> None:
         """Says what will be done; flushed, because the output may go to a file."""
-        config, device = self.config, jax.devices()[0].device_kind
+        config, device, mesh = self.config, jax.devices()[0].device_kind, self.program.mesh
+        device = device if mesh.size == 1 else f"{mesh.size} × {device} ({mesh_in_words(mesh)})"
         training, model = config.training, config.model
         sizes = [x.size for x in jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: make_networks(config))))]
         crops = config.crops
@@ -200,7 +203,7 @@ class Run:
     def _prepare(self, checkpoints: TrainingCheckpoints, bar: tqdm) -> Ready:
         """Everything before the first step, most of which is compilation."""
         state, start, collapse = self._first_state(checkpoints, bar)
-        images, every = jax.device_put(self.images), self.config.monitoring.log_every
+        images, every = self._on_devices(self.images), self.config.monitoring.log_every
         if start == self.total_steps:  # only the result is missing
             return Ready(state, start, collapse, images, self.program.steps, None)
         new = start == 0 and self.config.monitoring.knn_every > 0
@@ -257,13 +260,15 @@ class Run:
         config, first = self.config, answering_signals(self.program.init)
         first_name = "random_init" if config.start.init is None else "start"
         states = {"teacher": state.teacher, "student": state.student, first_name: first.teacher}
+        states = {name: self._on_devices(one) for name, one in states.items()}
         ranks = {name: self.monitor.rank(self.embed, one["backbone"]) for name, one in states.items()}
         models = {name: nnx.merge(self.program.backbone_graph, one["backbone"]) for name, one in states.items()}
         accuracies = None
         if self.dataset.class_names:
             print("k-NN on the test images", flush=True)
             networks = {name: Backbone(model, name, self._source) for name, model in models.items()}
-            accuracies = knn_accuracies(networks, self.dataset, config.run.cache_dir, config.compute.dtype)
+            compute = config.compute
+            accuracies = knn_accuracies(networks, self.dataset, config.run.cache_dir, compute.dtype, compute.mesh)
         for name in (TEACHER, STUDENT):
             save(models[name], self.folder / name, source=self._source)
         log = read_log(self.folder)
@@ -298,6 +303,11 @@ class Run:
             + f"\n{losses_in_words(result)} (uniform: {result['uniform_loss']:.4f})\n{self.folder}"
         )
 
+    def _on_devices(self, tree: Any) -> Any:
+        """The same arrays, whole on every device."""
+        mesh = self.program.mesh
+        return jax.device_put(tree) if mesh.size == 1 else jax.device_put(tree, replicated(mesh))
+
     @property
     def _source(self) -> dict[str, Any]:
         """The origin of the networks."""
@@ -325,7 +335,7 @@ class Run:
 
     def _first_state(self, checkpoints: TrainingCheckpoints, bar: tqdm) -> tuple[TrainState, int, str | None]:
         """The state, step and collapse of the newest sound checkpoint, else of a new run."""
-        restored = checkpoints.restore(jax.eval_shape(self.program.init), step=self.config.run.from_step)
+        restored = checkpoints.restore(self.program.abstract, step=self.config.run.from_step)
         if restored is None:
             return self.program.init(), 0, None
         with bar.external_write_mode():

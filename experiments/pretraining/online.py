@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dinojax import image_ops as ops
 from dinojax.models.chunks import in_chunks
+from dinojax.parallel import divide, gather, on_mesh, replicated
 from dinojax.pretraining.monitors import rank_me
 from dinojax.probes import knn_predict, stratified_subset
 from experiments.data.splits import Dataset
@@ -24,21 +26,23 @@ _BATCH = 256
 Embed = Callable[[Any, Images], Float[np.ndarray, "images dim"]]
 
 
-def make_embed(graph: nnx.GraphDef, config: PretrainConfig) -> Embed:
+def make_embed(graph: nnx.GraphDef, config: PretrainConfig, mesh: Mesh) -> Embed:
     """Returns `embed(backbone_state, images)`: class tokens of images, resized to the global crops' size."""
     size = config.crops.global_size
 
-    @jax.jit
-    def forward(state: Any, images: Array) -> Array:
+    def of_images(state: Any, images: Array) -> Array:
+        images = divide(images)
         batch, height, width, _ = images.shape
         boxes = jnp.tile(jnp.array([0, 0, height, width], jnp.int32), (batch, 1))
         planes = ops.crop_resize(ops.to_planes(images), boxes, size)
         pixels = ops.normalize(planes, config.crops.mean, config.crops.std)
-        backbone = nnx.merge(graph, state)
+        backbone = nnx.merge(graph, gather(state))
         return in_chunks(backbone, backbone.config, pixels).cls_token
 
+    forward = jax.jit(on_mesh(of_images, mesh), out_shardings=None if mesh.size == 1 else replicated(mesh))
+
     def embed(state: Any, images: Images) -> Float[np.ndarray, "images dim"]:
-        batch = min(_BATCH, len(images))
+        batch = -(-min(_BATCH, len(images)) // mesh.size) * mesh.size
         features = []
         for start in range(0, len(images), batch):
             rows = np.arange(start, start + batch) % len(images)  # one size to compile for

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from dinojax import DINOHead, Preprocessing, VisionTransformer, ViTConfig
+from dinojax.parallel import abstract_on, make_mesh, on_mesh, state_shardings
 from dinojax.pretraining.dinov2_optim import dinov2_optimizer
 from dinojax.pretraining.dinov2_step import (
     DINOv2,
@@ -36,7 +38,10 @@ class Program(NamedTuple):
     steps: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     """See `dinojax.pretraining.step.make_pretrain_steps`; jitted, the state is donated."""
     init: Callable[[], TrainState]
-    """The state before the first step."""
+    """The state before the first step, on the devices of the mesh."""
+    abstract: TrainState
+    """Shapes and dtypes of the state, and on several devices its shardings."""
+    mesh: Mesh
     schedules: dict[str, Schedule]
     """learning_rate, weight_decay, teacher_momentum, teacher_temp and, where it changes, backbone_factor; by step."""
     backbone_graph: nnx.GraphDef
@@ -61,9 +66,13 @@ def make_program(config: PretrainConfig, steps_per_epoch: int, start: VisionTran
         draws,
         drop_path=config.model.drop_path_rate > 0,
     )
+    mesh = make_mesh(config.compute.mesh)
+    init, abstract = _init(config, optimizer, start, mesh)
     return Program(
-        steps=jax.jit(steps, donate_argnums=0),
-        init=_init(config, optimizer, start),
+        steps=jax.jit(on_mesh(steps, mesh), donate_argnums=0),
+        init=init,
+        abstract=abstract,
+        mesh=mesh,
         schedules=schedules,
         backbone_graph=nnx.graphdef(networks.backbone),
     )
@@ -230,19 +239,23 @@ def _dinov2_step(
 
 
 def _init(
-    config: PretrainConfig, optimizer: optax.GradientTransformation, start: VisionTransformer | None
-) -> Callable[[], TrainState]:
+    config: PretrainConfig, optimizer: optax.GradientTransformation, start: VisionTransformer | None, mesh: Mesh
+) -> tuple[Callable[[], TrainState], TrainState]:
+    """The function that makes the first state, and what it gives, abstract."""
     of_networks = init_state if config.objective.method == "dino" else init_dinov2_state
-    if start is None:
-        return jax.jit(lambda: of_networks(make_networks(config), optimizer))
 
-    @jax.jit
-    def init(backbone: Any) -> TrainState:
+    def init(*given: Any) -> TrainState:
         networks = make_networks(config)
-        nnx.update(networks.backbone, backbone)
+        for backbone in given:
+            nnx.update(networks.backbone, backbone)
         return of_networks(networks, optimizer)
 
-    return functools.partial(init, nnx.state(start, nnx.Param))
+    given = () if start is None else (nnx.state(start, nnx.Param),)
+    abstract = jax.eval_shape(init, *given)
+    if mesh.size == 1:
+        return functools.partial(jax.jit(init), *given), abstract
+    placed = jax.jit(init, out_shardings=state_shardings(mesh, abstract))
+    return functools.partial(placed, *given), abstract_on(mesh, abstract)
 
 
 def compute_dtype(config: PretrainConfig) -> jnp.dtype | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dinojax.errors import UserError
+from dinojax.parallel import make_mesh
 from dinojax.probes import knn_predict
 from experiments.data.splits import Dataset
 from experiments.features.backbones import Backbone
@@ -17,7 +18,11 @@ from experiments.runs.settings import DataSettings, Dtype, RunSettings, create
 
 
 def knn_accuracies(
-    backbones: Mapping[str, Backbone], dataset: Dataset, cache_dir: Path | None, dtype: Dtype = "auto"
+    backbones: Mapping[str, Backbone],
+    dataset: Dataset,
+    cache_dir: Path | None,
+    dtype: Dtype = "auto",
+    mesh: str | None = None,
 ) -> dict[str, float]:
     """Accuracy (a fraction) on the test images of DINO's weighted k-NN with 20 neighbours, by network.
 
@@ -29,7 +34,9 @@ def knn_accuracies(
         dataset: labelled images.
         cache_dir: folder of cached features, as in `converters.cache.cache_folder`.
         dtype: number type of the model's computation.
+        mesh: the devices, as `dinojax.parallel.make_mesh` takes them.
     """
+    devices = make_mesh(mesh)
     accuracies, k = {}, min(HEADLINE_K, len(dataset.train))
     for name, backbone in backbones.items():
         extractor = FeatureExtractor(
@@ -38,15 +45,18 @@ def knn_accuracies(
             image_size=backbone.image_size,
             cache_dir=cache_dir,
             dtype=dtype,
+            mesh=devices,
         )
         train, test = (features.vectors() for features in extractor.extract([dataset.train, dataset.test]))
         classes = len(dataset.class_names)
-        predicted = knn_predict(train, dataset.train.labels, test, num_classes=classes, ks=(k,))[k]
+        predicted = knn_predict(train, dataset.train.labels, test, num_classes=classes, ks=(k,), mesh=devices)[k]
         accuracies[name] = float(np.mean(predicted == dataset.test.labels))
     return accuracies
 
 
-def evaluate_training(folder: Path, out: Path, dataset: Dataset, data: DataSettings, run: RunSettings) -> None:
+def evaluate_training(
+    folder: Path, out: Path, dataset: Dataset, data: DataSettings, run: RunSettings, mesh: str | None = None
+) -> None:
     """Evaluates the networks of a training and an untrained one by every probe that the labels allow.
 
     Args:
@@ -55,6 +65,7 @@ def evaluate_training(folder: Path, out: Path, dataset: Dataset, data: DataSetti
         dataset: labelled images.
         data: the settings that they come from.
         run: the training's seed and cache folder; its own `out` is not used.
+        mesh: the devices, as `dinojax.parallel.make_mesh` takes them.
     """
     names = []
     for name in ProbeSettings.available:
@@ -77,5 +88,6 @@ def evaluate_training(folder: Path, out: Path, dataset: Dataset, data: DataSetti
         out=out,
         cache_dir=run.cache_dir,
         data_dir=data.data_dir,
+        mesh=mesh,
     )
     run_evaluation(settings, dataset, command="evaluate")

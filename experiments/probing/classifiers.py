@@ -6,7 +6,7 @@ A classifier takes all parts of the features and looks at those that it was fitt
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
@@ -17,6 +17,9 @@ from dinojax.documents import read_document, write_document, write_whole
 from dinojax.errors import UserError
 from experiments.features.parts import CLS, FeatureParts
 from experiments.runs.kinds import INDEX_FILE, described, finished_modes
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 TITLES = {
     "knn": "k-NN, weighted cosine",
@@ -76,10 +79,11 @@ class Classifier:
     settings: Mapping[str, Any]
     part: str = CLS
 
-    def predict(self, features: FeatureParts) -> Prediction:
-        """Classifies images by their features."""
+    def predict(self, features: FeatureParts, mesh: "Mesh | None" = None) -> Prediction:
+        """Classifies images by their features; the devices of a mesh share the search of neighbours."""
         inputs = {name: self.settings[name] for name in ("blocks", "mean_patch") if name in self.settings}
-        return _PREDICTORS[self.settings["kind"]](self, features.vectors(self.part, **inputs))
+        shared = {"mesh": mesh} if self.settings["kind"] in _SEARCHES else {}
+        return _PREDICTORS[self.settings["kind"]](self, features.vectors(self.part, **inputs), **shared)
 
 
 def save_classifiers(folder: Path, classifiers: Sequence[Classifier], description: Mapping[str, Any]) -> None:
@@ -156,16 +160,15 @@ def load_classifiers(folder: Path, names: Sequence[str] | None = None) -> list[C
 
 
 def _file(classifier: Classifier) -> str:
-    is_knn = classifier.settings["kind"] in ("knn", "euclidean")
-    return _NEIGHBOURS_FILE if is_knn else f"{classifier.name}.safetensors"
+    return _NEIGHBOURS_FILE if classifier.settings["kind"] in _SEARCHES else f"{classifier.name}.safetensors"
 
 
-def _predict_knn(classifier: Classifier, inputs: Vectors) -> Prediction:
+def _predict_knn(classifier: Classifier, inputs: Vectors, mesh: "Mesh | None") -> Prediction:
     from dinojax.probes import knn_votes, nearest_neighbours
 
     settings, arrays = classifier.settings, classifier.arrays
     ks = [settings["k"], *settings["other_ks"]]
-    similarities, indices = nearest_neighbours(arrays["features"], inputs, max(ks))
+    similarities, indices = nearest_neighbours(arrays["features"], inputs, max(ks), mesh=mesh)
     neighbour_labels = arrays["labels"][indices]
     votes = {
         k: knn_votes(
@@ -178,11 +181,11 @@ def _predict_knn(classifier: Classifier, inputs: Vectors) -> Prediction:
     return Prediction(by_k[settings["k"]], scores / scores.sum(axis=1, keepdims=True), by_k=by_k)
 
 
-def _predict_euclidean(classifier: Classifier, inputs: Vectors) -> Prediction:
+def _predict_euclidean(classifier: Classifier, inputs: Vectors, mesh: "Mesh | None") -> Prediction:
     from dinojax.probes import euclidean_neighbours, knn_votes
 
     settings, arrays = classifier.settings, classifier.arrays
-    distances, indices = euclidean_neighbours(arrays["features"], inputs, settings["k"])
+    distances, indices = euclidean_neighbours(arrays["features"], inputs, settings["k"], mesh=mesh)
     equal = np.zeros_like(distances)  # every neighbour has one vote
     votes = knn_votes(equal, arrays["labels"][indices], num_classes=settings["classes"], k=settings["k"])
     return Prediction(votes.argmax(axis=1), votes / settings["k"])
@@ -255,7 +258,8 @@ def svc_decisions(
     return votes, confidences
 
 
-_PREDICTORS: dict[str, Callable[[Classifier, Vectors], Prediction]] = {
+_SEARCHES = ("knn", "euclidean")
+_PREDICTORS: dict[str, Callable[..., Prediction]] = {
     "knn": _predict_knn,
     "euclidean": _predict_euclidean,
     "linear": _predict_linear,

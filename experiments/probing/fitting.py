@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from dinojax.errors import UserError
@@ -54,6 +55,7 @@ class TrainingData:
         test: features and labels to select on instead of the held-out images, while all training images are learnt
             from. Only for the protocol "reported", whose numbers are optimistic.
         evaluated: what those images are called.
+        mesh: the devices that share a sweep; None takes one.
     """
 
     features: FeatureParts
@@ -66,6 +68,7 @@ class TrainingData:
     heldout_features: FeatureParts | None = None
     test: tuple[FeatureParts, np.ndarray] | None = None
     evaluated: str = "test"
+    mesh: Mesh | None = None
 
     def to_learn(self, *, views: bool = False, everything: bool = False) -> tuple[FeatureParts, np.ndarray]:
         """Features and labels to learn from: of the kept images, or of all; followed by views of the same images."""
@@ -193,7 +196,7 @@ def _fit_mlp(
 def _fit_sweep(data: TrainingData, settings: ProbeSettings, seed: int) -> Fit:
     (features, labels), (selected_on, selected_labels) = data.to_learn(views=True), data.to_select()
     options = {"num_classes": data.num_classes, "key": jax.random.key(seed), "steps": settings.sweep_steps}
-    found = fit_linear_sweep(features.tokens, labels, selected_on.tokens, selected_labels, **options)
+    found = fit_linear_sweep(features.tokens, labels, selected_on.tokens, selected_labels, mesh=data.mesh, **options)
     chosen = found.settings[found.best]
     head = found.head
     if data.test is None:

@@ -7,6 +7,7 @@ from flax import nnx
 
 from dinojax.errors import UserError
 from dinojax.models.vit import VisionTransformer
+from dinojax.parallel import make_mesh
 from experiments.features.backbones import NETWORKS, Backbone, find_network, find_networks, load_backbone
 from experiments.features.extractor import FeatureExtractor
 from experiments.probing.config import EvaluationConfig
@@ -53,6 +54,7 @@ def make_extractor(config: EvaluationConfig, backbone: Backbone) -> FeatureExtra
         cache_dir=config.run.cache_dir,
         dtype=config.model.dtype,
         batch_size=config.model.batch_size,
+        mesh=make_mesh(config.model.mesh),
     )
     resize = config.networks.resize
     if resize is not None and resize < extractor.image_size:

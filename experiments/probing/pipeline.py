@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from dinojax.parallel import make_mesh
 from dinojax.probes import few_shot_predictions
 from experiments.data.splits import Dataset
 from experiments.features.extractor import FeatureExtractor
@@ -124,6 +125,7 @@ class Pipeline:
         self.folds = folds or [make_fold(dataset.train.labels, config)]
         self._settings, self._seed = config.probes, config.run.seed
         self._classes = len(dataset.class_names)
+        self._mesh = make_mesh(config.model.mesh)
 
     def evaluate_network(self, network: str, source: FeatureExtractor | RawPixels) -> Evaluation:
         """Computes the features of a network and evaluates them."""
@@ -177,6 +179,7 @@ class Pipeline:
             views=[_of(view, rows) for view in training.views],
             test=(test.plain, test.labels) if test else None,
             evaluated=self.dataset.test.name,
+            mesh=self._mesh,
         )
         for name in self._settings.names:
             if name == CROPS:
@@ -195,11 +198,12 @@ class Pipeline:
         classifiers = [one.classifier for one in fitted.fits]
         features = unseen.framed if fitted.probe in ON_CROPS else unseen.plain
         with measured() as cost:
-            test = [classifier.predict(features) for classifier in classifiers]
+            test = [classifier.predict(features, self._mesh) for classifier in classifiers]
         train = []
         if self._settings.predict_training_images or fitted.probe == SWEEP:
             train = [
-                classifier.predict(_of(training.plain, fold.rows)) for classifier, fold in zip(classifiers, self.folds)
+                classifier.predict(_of(training.plain, fold.rows), self._mesh)
+                for classifier, fold in zip(classifiers, self.folds)
             ]
         return fitted._replace(test=test, train=train, predict_cost=cost)
 

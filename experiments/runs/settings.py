@@ -74,7 +74,16 @@ class ModelSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchSettings:
+class DeviceSettings:
+    """The devices, and how they share the work."""
+
+    mesh: Annotated[str | None, UNIMPORTANT] = None
+    """Division of the work among devices: data=8 divides each batch among eight, and data=4,fsdp=2 divides weights and
+    optimiser state between pairs of them as well. None divides batches among all devices."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSettings(DeviceSettings):
     """How features are computed."""
 
     batch_size: Annotated[int | None, POSITIVE] = None

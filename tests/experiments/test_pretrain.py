@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 from dinojax import Preprocessing, UserError, load
 from dinojax.checkpoint import TrainingCheckpoints
+from dinojax.parallel import make_mesh
 from dinojax.pretraining.augment import MultiCropConfig
 from experiments import dino_cifar100, dino_tinyimagenet
 from experiments import pretrain as pretrain_command
@@ -352,7 +353,7 @@ def test_embedding_resizes_as_pillow_and_normalises():
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), np.uint8)
     model = make_networks(TINY).backbone
     graph, state = nnx.split(model, nnx.Param)
-    found = make_embed(graph, TINY)(state, images)
+    found = make_embed(graph, TINY, make_mesh())(state, images)
     small = np.stack([Image.fromarray(x).resize((12, 12), Image.Resampling.BICUBIC) for x in images])
     pixels = (small / 255 - np.array(TINY.crops.mean)) / np.array(TINY.crops.std)
     expected = model(pixels.astype(np.float32)).cls_token

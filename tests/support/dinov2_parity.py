@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from converters import from_torch, head_from_torch
 from converters.torch_to_flax import to_torch
 from dinojax import ViTConfig
+from dinojax.parallel import batch_sharding, make_mesh, on_mesh, state_shardings
 from dinojax.pretraining.dinov2_optim import dinov2_optimizer
 from dinojax.pretraining.dinov2_step import (
     Centers,
@@ -150,24 +152,26 @@ def start(reference: Reference, model: DINOv2, optimizer: optax.GradientTransfor
     )
 
 
-def train(reference: Reference, dtype: Any, **options: Any) -> Trajectory:
+def train(reference: Reference, dtype: Any, mesh: Mesh | None = None, **options: Any) -> Trajectory:
+    """The steps of a file; on a mesh, the state and the images of a batch are divided among its devices."""
     config, values = reference.config, schedules(reference.config)
     model = network(reference, "state/initial", dtype)
     optimizer = keeping_gradients(optimizer_of(config))
-    step = jax.jit(
-        make_dinov2_train_step(
-            model,
-            optimizer,
-            teacher_temp=values["teacher_temp"],
-            teacher_momentum=values["teacher_momentum"],
-            most_masked=most_masked(reference),
-            objective=objective_of(config),
-            **options,
-        )
+    mesh = mesh or make_mesh("data=1")
+    step = make_dinov2_train_step(
+        model,
+        optimizer,
+        teacher_temp=values["teacher_temp"],
+        teacher_momentum=values["teacher_momentum"],
+        most_masked=most_masked(reference),
+        objective=objective_of(config),
+        **options,
     )
-    states, metrics, gradients = [start(reference, model, optimizer)], [], []
+    step, state = jax.jit(on_mesh(step, mesh)), start(reference, model, optimizer)
+    states, metrics, gradients = [jax.device_put(state, state_shardings(mesh, state))], [], []
     for index in range(steps_of(reference)):
-        state, found = step(states[-1], crops_of_step(reference, index, dtype), masks_of_step(reference, index))
+        images = crops_of_step(reference, index, dtype), masks_of_step(reference, index)
+        state, found = step(states[-1], *jax.device_put(images, batch_sharding(mesh, axis=1)))
         states.append(state)
         metrics.append({name: float(value) for name, value in found.items()})
         gradients.append(state.opt_state[1])

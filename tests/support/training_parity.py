@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from converters import from_torch, head_from_torch
 from converters.torch_to_flax import to_torch
 from dinojax import ViTConfig
+from dinojax.parallel import batch_sharding, make_mesh, on_mesh, state_shardings
 from dinojax.pretraining.optim import dino_optimizer
 from dinojax.pretraining.schedules import cosine_schedule, teacher_temp_schedule
 from dinojax.pretraining.step import DINO, init_state, make_train_step
@@ -93,7 +95,8 @@ def schedules(reference: Reference) -> dict:
     }
 
 
-def train(reference: Reference, dtype: type) -> Trajectory:
+def train(reference: Reference, dtype: type, mesh: Mesh | None = None) -> Trajectory:
+    """The steps of a file; on a mesh, the state and the images of a batch are divided among its devices."""
     config, values = reference.config, schedules(reference)
     model = network(reference, "state/initial", dtype)
     optimizer = dino_optimizer(
@@ -104,20 +107,21 @@ def train(reference: Reference, dtype: type) -> Trajectory:
         frozen=("weight_g",) if config["norm_last_layer"] else (),
     )
     optimizer = keeping_gradients(optimizer)
-    step = jax.jit(
-        make_train_step(
-            model,
-            optimizer,
-            teacher_temp=values["teacher_temp"],
-            teacher_momentum=values["teacher_momentum"],
-            student_temp=config.get("student_temp", 0.1),
-            center_momentum=config.get("center_momentum", 0.9),
-        )
+    mesh = mesh or make_mesh("data=1")
+    step = make_train_step(
+        model,
+        optimizer,
+        teacher_temp=values["teacher_temp"],
+        teacher_momentum=values["teacher_momentum"],
+        student_temp=config.get("student_temp", 0.1),
+        center_momentum=config.get("center_momentum", 0.9),
     )
-    state = init_state(model, optimizer)
+    step, state = jax.jit(on_mesh(step, mesh)), init_state(model, optimizer)
+    state = jax.device_put(state, state_shardings(mesh, state))
     losses, centers, gradients = [], [], []
     for index in range(len(reference.arrays["out/loss"])):
-        state, metrics = step(state, crops_of_step(reference, index, dtype))
+        crops = jax.device_put(crops_of_step(reference, index, dtype), batch_sharding(mesh, axis=1))
+        state, metrics = step(state, crops)
         losses.append(float(metrics["loss"]))
         centers.append(np.asarray(state.center))
         gradients.append(to_torch(nnx.merge(nnx.graphdef(model), state.opt_state[1])))
