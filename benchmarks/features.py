@@ -25,6 +25,7 @@ from benchmarks.work.paired import (
     throughput,
     warmed_up,
 )
+from benchmarks.work.torch_cpu import use_all_cores
 
 MODEL = "dinov2_vits14"
 EAGER, OURS = "torch eager", "dinojax"
@@ -128,13 +129,12 @@ def _images(batch: int) -> Any:
 
 def prepare_torch(row: int, weights: str, mode: str) -> Prepared:
     """PyTorch's side: `transformers` Dinov2Model under `inference_mode`, compiled unless `mode` is "eager"."""
-    import os
 
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
 
-    torch.set_num_threads(os.cpu_count())
+    use_all_cores()
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     torch.manual_seed(0)
     settings = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}

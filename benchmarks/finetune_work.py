@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.finetune import Recipe, Row
 from benchmarks.work.dino_work import Arrays, differences, first_steps
 from benchmarks.work.paired import Prepared
+from benchmarks.work.torch_cpu import use_all_cores
 
 Inputs = tuple[Any, Any]  # images and labels
 _TO_OUR_NAMES = (
@@ -253,7 +254,7 @@ def prepare_torch(
 
     work, gpu, folder = Row(**works[row]), torch.cuda.is_available(), Path(start, row)
     device = "cuda" if gpu else "cpu"
-    torch.set_num_threads(os.cpu_count())
+    use_all_cores()
     initial, ours = (dict(np.load(folder / name)) for name in ("weights.npz", "ours.npz"))
     trainer = TorchTrainer(work, initial, work.recipe, device=device, mode="eager" if gpu else mode, part=part)
     inputs = to_torch(random_batch(work, work.proof_batch(gpu)), device)

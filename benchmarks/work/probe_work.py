@@ -1,10 +1,10 @@
 """What `benchmarks.probes` compares: each job in dinojax, and the strongest PyTorch and scikit-learn we could write."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from benchmarks.work.paired import Prepared, warmed_up
+from benchmarks.work.torch_cpu import use_all_cores
 
 TRAIN, TEST, DIM, TOKENS, CLASSES = 50_000, 10_000, 384, 5, 10
 HELDOUT, BATCH, SWEEP_STEPS = 5_000, 128, 390  # steps: one epoch
@@ -85,7 +85,7 @@ def prepare_torch(row: str, start: str) -> Prepared:
     """PyTorch's side."""
     import torch
 
-    torch.set_num_threads(os.cpu_count())
+    use_all_cores()
     device, begin = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(start)
     return {"knn": _torch_knn, "mlp": _torch_mlp, "sweep": _torch_sweep}[row](device, begin)
 

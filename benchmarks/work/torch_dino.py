@@ -11,7 +11,6 @@ facebookresearch/dino 7c446df as in `dinojax`.
 import copy
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -36,6 +35,7 @@ from benchmarks.work.dino_work import (
     random_crops,
 )
 from benchmarks.work.paired import Prepared, warmed_up
+from benchmarks.work.torch_cpu import use_all_cores
 
 
 class Attention(nn.Module):
@@ -245,7 +245,7 @@ def prepare(row: str, start: str, mode: str, cudnn: bool = False) -> Prepared:
     """
     work, gpu, folder = ROWS[row], torch.cuda.is_available(), Path(start)
     device = "cuda" if gpu else "cpu"
-    torch.set_num_threads(os.cpu_count())
+    use_all_cores()
     initial, ours = (dict(np.load(folder / name)) for name in ("weights.npz", "ours.npz"))
     trainer = Trainer(work.model, initial, Recipe(), device=device, mode="eager" if gpu else mode)
     crops = to_torch(random_crops(work, GPU_PROOF_BATCH if gpu else work.batch), device)

@@ -10,7 +10,6 @@ facebookresearch/dinov2 b8931f7 as in `dinojax`.
 
 import copy
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -34,6 +33,7 @@ from benchmarks.work.dino_work import (
 )
 from benchmarks.work.dinov2_work import DINOV2_ROWS, LAYER_SCALE, DINOv2Recipe, random_masks
 from benchmarks.work.paired import Prepared
+from benchmarks.work.torch_cpu import use_all_cores
 from benchmarks.work.torch_dino import Backbone, Block, Head, mixed, timed, to_torch
 
 FIRST_LAYER = ("cls_token", "pos_embed", "mask_token", "patch_embed")
@@ -265,7 +265,7 @@ def prepare(row: str, start: str, mode: str, cudnn: bool = False) -> Prepared:
     """
     work, gpu, folder = DINOV2_ROWS[row], torch.cuda.is_available(), Path(start)
     device = "cuda" if gpu else "cpu"
-    torch.set_num_threads(os.cpu_count())
+    use_all_cores()
     initial, ours = (dict(np.load(folder / name)) for name in ("weights.npz", "ours.npz"))
 
     def inputs(batch: int, dtype: torch.dtype) -> tuple[list[Tensor], Masked]:
