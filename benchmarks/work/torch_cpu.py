@@ -1,8 +1,8 @@
 """Lets the MKL inside PyTorch use its fastest kernels on any processor that has the instructions.
 
-MKL asks whether the processor is Intel's, and takes AVX2 kernels where it is not: on an AMD Zen 5, its products then run
-at less than half of their speed. A peer so handicapped makes a benchmark meaningless, so every PyTorch side answers yes.
-The answer changes which kernels run in this process, nothing else.
+MKL asks whether the processor is Intel's, and takes AVX2 kernels where it is not: on an AMD Zen 5 its products then run
+at less than half of their speed. Beside such a peer a ratio means little, so every PyTorch side answers yes. The answer
+changes which kernels run in this process, nothing else.
 """
 
 import ctypes

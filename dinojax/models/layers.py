@@ -18,12 +18,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from dinojax.models.norm import LayerNorm
 from dinojax.precision import at_least_float32
 
 # Upstream truncates at ±2, a hundred standard deviations away, so the plain normal distribution is the same.
 _linear_init = nnx.initializers.normal(0.02)
-
-LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 
 
 class Module(nnx.Module):
@@ -185,6 +184,7 @@ def drop_path(
 
 def add_branch(
     x: Float[Array, "batch *rest"],
+    norm: LayerNorm,
     branch: Callable[[Array], Array],
     rate: float,
     key: Key[Array, ""] | None,
@@ -192,7 +192,7 @@ def add_branch(
     drop_subsets: bool = False,
     drop_order: Int[np.ndarray, " batch"] | None = None,
 ) -> Float[Array, "batch *rest"]:
-    """x + branch(x) with drop path: of each sample on its own, or of all samples but a random subset.
+    """x + branch(norm(x)) with drop path: of each sample on its own, or of all samples but a random subset.
 
     With `drop_subsets` the branch is computed only for batch · (1 - rate) samples, at least one, drawn without
     repetition, and rescaled: what is dropped is not computed. With a `drop_order` (see `drop_path`) it is computed and
@@ -201,14 +201,15 @@ def add_branch(
     Source: facebookresearch/dinov2 b8931f7 `dinov2/layers/block.py`, `drop_add_residual_stochastic_depth`.
     """
     if not drop_subsets or key is None or rate == 0:
-        return x + drop_path(branch(x), rate, key, drop_order)
+        x, normed = norm.branch(x)
+        return x + drop_path(branch(normed), rate, key, drop_order)
     batch = len(x)
     kept = max(int(batch * (1 - rate)), 1)
     rows = jax.random.permutation(key, batch)[:kept]
     if drop_order is not None:
         factors = jnp.zeros(batch, x.dtype).at[rows].set(batch / kept)[drop_order]
-        return x + branch(x) * factors.reshape(batch, *[1] * (x.ndim - 1))
-    return x.at[rows].add(branch(x[rows]) * (batch / kept), unique_indices=True)
+        return x + branch(norm(x)) * factors.reshape(batch, *[1] * (x.ndim - 1))
+    return x.at[rows].add(branch(norm(x[rows])) * (batch / kept), unique_indices=True)
 
 
 class Block(Module):
@@ -249,8 +250,8 @@ class Block(Module):
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         options = {"drop_subsets": drop_subsets, "drop_order": drop_order}
         add = functools.partial(add_branch, rate=self.drop_path_rate, **options)
-        x = add(x, lambda x: _scaled(self.ls1, self.attn(self.norm1(x))), key=attn_key)
-        return add(x, lambda x: _scaled(self.ls2, self.mlp(self.norm2(x))), key=mlp_key)
+        x = add(x, self.norm1, lambda x: _scaled(self.ls1, self.attn(x)), key=attn_key)
+        return add(x, self.norm2, lambda x: _scaled(self.ls2, self.mlp(x)), key=mlp_key)
 
     def attention_probs(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens tokens"]:
         """The attention probabilities of this block for the input `x`; each row (a query) sums to one."""

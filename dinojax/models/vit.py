@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from dinojax.errors import require
-from dinojax.models.layers import Block, LayerNorm, Module, PatchEmbed
+from dinojax.models.layers import Block, Module, PatchEmbed
+from dinojax.models.norm import LayerNorm
 from dinojax.models.position import interpolate_pos_embed
 from dinojax.models.preprocessing import Preprocessing
 

@@ -10,7 +10,8 @@ import pytest
 from converters import from_torch
 from dinojax import UserError, VisionTransformer
 from dinojax.models import layers, position, vit
-from dinojax.models.layers import LayerNorm, LayerScale, PatchEmbed
+from dinojax.models.layers import LayerScale, PatchEmbed
+from dinojax.models.norm import LayerNorm
 from dinojax.models.position import interpolate_pos_embed
 from tests.support.backbone_parity import deviations, load, too_large
 from tests.support.reference_files import BUNDLED, read
