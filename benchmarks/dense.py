@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.work.dense_work import BINS, CLASSES, PATCHES, PHOTO, PIXELS, WIDTH, WINDOWS
-from benchmarks.work.paired import CONTROL, CONTROL_BOUND, Comparison, Variant, compare, finish
+from benchmarks.work.paired import CONTROL, Comparison, Variant, compare, finish
 
 OURS, TORCH = "dinojax", "torch"
 ROWS = {"masks": "segmentation step", "depth": "depth step", "photo": "mask of a 12-megapixel photo"}
@@ -45,7 +45,7 @@ def main() -> None:
     rounds, rows = 5 if config.quick else config.rounds, {}
     for row, found in compare(variants, config.rows, control=OURS, rounds=rounds, progress=_progress):
         rows[ROWS[row]] = summary = _summary(found)
-        void = "" if summary["valid"] else " (VOID: the machine is too noisy)"
+        void = "" if summary["valid"] else " (VOID: the machine is not quiet)"
         print(
             f"{ROWS[row]}: {summary['ratio']['median']:.2f}× PyTorch, quartiles {summary['ratio']['quartiles']}, "
             f"control {summary['control']['median']:.2f}{void}; {summary['agreement']}",
@@ -73,7 +73,7 @@ def _summary(found: Comparison) -> dict[str, Any]:
     return {
         "ratio": found.ratio(OURS, TORCH),
         "control": control,
-        "valid": abs(control["median"] - 1) <= CONTROL_BOUND,
+        **found.verdict(control, found.ratio(OURS, TORCH)),
         "agreement": _agreement(results[OURS], results[TORCH]),
         "variants": {name: {"seconds": round(found.median(name), 4), **info} for name, info in found.info.items()},
     }

@@ -34,7 +34,6 @@ from benchmarks.work.dino_work import CPU_STEPS, CROPS, GPU_STEPS, QUICK_STEPS, 
 from benchmarks.work.dinov2_work import DINOV2_CPU, DINOV2_GPU, DINOV2_QUICK, DINOv2Row
 from benchmarks.work.paired import (
     CONTROL,
-    CONTROL_BOUND,
     Comparison,
     Variant,
     compare,
@@ -149,7 +148,7 @@ def _summary(work: Row, found: Sequence[tuple[str, Comparison]]) -> dict[str, An
         **({"ratio_from_uint8": best.ratio(FROM_PIXELS, baseline)} if FROM_PIXELS in best.seconds else {}),
         **({"ratio_to_eager": best.ratio(OURS, EAGER)} if EAGER in best.seconds else {}),
         "control": control,
-        "valid": abs(control["median"] - 1) <= CONTROL_BOUND,
+        **best.verdict(control, best.ratio(OURS, baseline)),
         "same_work": best.info[baseline]["same_work"],
         "variants": {name: throughput(work.batch, c.median(name), c.info[name], flops) for name, c in where.items()},
     }

@@ -16,7 +16,6 @@ from typing import Any
 
 from benchmarks.work.paired import (
     CONTROL,
-    CONTROL_BOUND,
     Comparison,
     Prepared,
     Variant,
@@ -87,7 +86,7 @@ def _row(batch: int, found: Comparison) -> dict[str, Any]:
         "ratio_to_stablehlo": found.ratio(OURS, STABLEHLO),
         "baseline": ONNX,
         "control": control,
-        "valid": abs(control["median"] - 1) <= CONTROL_BOUND,
+        **found.verdict(control, found.ratio(OURS, ONNX)),
         "same_work": {
             f"class tokens of {name}": max(abs(a - b) for a, b in zip(tokens[OURS], tokens[name]))
             for name in (STABLEHLO, ONNX)

@@ -15,7 +15,6 @@ from typing import Any
 
 from benchmarks.work.paired import (
     CONTROL,
-    CONTROL_BOUND,
     Comparison,
     Prepared,
     Variant,
@@ -100,14 +99,14 @@ def _row(batch: int, found: Comparison) -> dict[str, Any]:
         "baseline": baseline,
         "ratio_to_eager": found.ratio(OURS, EAGER),
         "control": control,
-        "valid": abs(control["median"] - 1) <= CONTROL_BOUND,
+        **found.verdict(control, found.ratio(OURS, baseline)),
         "largest_cls_difference": max(abs(a - b) for a, b in zip(tokens[OURS], tokens[EAGER])),
         "variants": {n: throughput(batch, found.median(n), info, flops) for n, info in found.info.items()},
     }
 
 
 def _table(batch: int, row: dict[str, Any]) -> str:
-    void = "" if row["valid"] else " (VOID: the machine is too noisy)"
+    void = "" if row["valid"] else " (VOID: the machine is not quiet)"
     lines = [
         f"\nbatch {batch}: {row['ratio']['median']:.2f}× {row['baseline']}, quartiles {row['ratio']['quartiles']}, "
         f"control {row['control']['median']:.2f}{void}, largest difference {row['largest_cls_difference']:.1e}",

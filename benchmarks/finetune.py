@@ -25,7 +25,6 @@ from typing import Any
 from benchmarks.work.dino_work import GPU_PROOF_BATCH
 from benchmarks.work.paired import (
     CONTROL,
-    CONTROL_BOUND,
     Comparison,
     Variant,
     compare,
@@ -205,7 +204,7 @@ def _summary(work: Row, found: Comparison) -> dict[str, Any]:
         "baseline": baseline,
         "ratio_to_eager": found.ratio(OURS, EAGER),
         "control": control,
-        "valid": abs(control["median"] - 1) <= CONTROL_BOUND,
+        **found.verdict(control, found.ratio(OURS, baseline)),
         "same_work": found.info[baseline]["same_work"],
         "variants": {n: throughput(work.batch, found.median(n), info, work.flops) for n, info in found.info.items()},
     }

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.work.paired import CONTROL, CONTROL_BOUND, Comparison, Variant, compare, finish, has_gpu
+from benchmarks.work.paired import CONTROL, Comparison, Variant, compare, finish, has_gpu
 from benchmarks.work.probe_work import CLASSES, DIM, KNN_TEST, SWEEP_STEPS, TEST, TOKENS, TRAIN
 
 OURS, TORCH, SKLEARN = "dinojax", "torch", "scikit-learn"
@@ -101,10 +101,11 @@ def _summary(row: Row, found: Comparison) -> dict[str, Any]:
         | info
         for name, info in found.info.items()
     }
+    ratios = {name: found.ratio(OURS, opponent) for opponent, name in row.ratios.items()}
     return {
-        "ratios": {name: found.ratio(OURS, opponent) for opponent, name in row.ratios.items()},
+        "ratios": ratios,
         "control": control,
-        "valid": abs(control["median"] - 1) <= CONTROL_BOUND,
+        **found.verdict(control, *ratios.values()),
         "agreement": {opponent: _agreement(results[OURS], results[opponent]) for opponent in row.ratios},
         "variants": variants,
     }
@@ -123,7 +124,7 @@ def _agreement(ours: list, theirs: list) -> str:
 
 def _table(name: str, summary: dict[str, Any]) -> str:
     row = ROWS[name]
-    void = "" if summary["valid"] else " (VOID: the machine is too noisy)"
+    void = "" if summary["valid"] else " (VOID: the machine is not quiet)"
     lines = [f"\n{name}, control {summary['control']['median']:.2f}{void}"]
     for opponent, title in row.ratios.items():
         ratio = summary["ratios"][title]

@@ -3,7 +3,8 @@
 A variant is a function `prepare(row=…, **arguments) -> Prepared` in a module that only its own process imports: PyTorch
 and JAX never share one. For each row of a benchmark the parent process asks the variants in turn for one timed stretch
 of work, in an order that changes from round to round, and takes the median of the ratios within the rounds. One variant
-runs twice, the second time under another name; its ratio to itself must be near one, or the row is void.
+runs twice, the second time under another name. A row is void if that ratio of a variant to itself is not near one, if
+the quartiles of a ratio lie far apart, or if other processes were busy meanwhile.
 
 Every variant keeps the memory it frees, as our training commands do. On a CPU both sides would otherwise spend part of
 each step on new pages, how much depends on what the other processes hold, and the control reads anything up to 1.1.
@@ -29,6 +30,8 @@ from experiments.runs.host_memory import keep_freed_memory
 ROOT = Path(__file__).parents[2]
 CONTROL = "A/A control"
 CONTROL_BOUND = 0.05
+QUARTILE_BOUND = 0.15
+FOREIGN_BOUND = 0.05
 STRETCH_SECONDS = 1.0
 
 
@@ -53,10 +56,14 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Seconds per unit of every round by variant, and what the variants report about themselves."""
+    """Seconds per unit of every round by variant, and what the variants report about themselves.
+
+    `foreign_share` is the part of the machine's cores that other processes took meanwhile.
+    """
 
     seconds: dict[str, list[float]]
     info: dict[str, dict[str, Any]]
+    foreign_share: float = 0.0
 
     def median(self, name: str) -> float:
         """Median seconds per unit."""
@@ -71,6 +78,14 @@ class Comparison:
             "quartiles": [round(low, 3), round(high, 3)],
             "min_over_min": round(min(self.seconds[theirs]) / min(self.seconds[ours]), 3),
         }
+
+    def verdict(self, control: dict[str, Any], *ratios: dict[str, Any]) -> dict[str, Any]:
+        """Whether the ratios count, as JSON: `valid`, and the share that foreign processes took."""
+        together = all(
+            abs(quartile / ratio["median"] - 1) <= QUARTILE_BOUND for ratio in ratios for quartile in ratio["quartiles"]
+        )
+        undisturbed = abs(control["median"] - 1) <= CONTROL_BOUND and self.foreign_share <= FOREIGN_BOUND
+        return {"valid": together and undisturbed, "foreign_share": round(self.foreign_share, 3)}
 
 
 def warmed_up(run: Callable[[], Any], **info: Any) -> Prepared:
@@ -104,13 +119,34 @@ def compare(
                 progress(f"{row}: preparing {name}")
                 info[name] = _ask(workers[name], name, {"prepare": row})
             times: dict[str, list[float]] = {name: [] for name in names}
+            foreign = _foreign_share([worker.pid for worker in workers.values()])
             for turn in range(rounds):
                 progress(f"{row}: round {turn + 1} of {rounds}")
                 for name in _order(names, turn):
                     answer = _ask(workers[name], name, "run")
                     times[name].append(answer["seconds"])
                     info[name]["peak_mib"] = answer["peak_mib"]
-            yield row, Comparison(times, info)
+            yield row, Comparison(times, info, foreign())
+
+
+def _foreign_share(workers: Sequence[int]) -> Callable[[], float]:
+    """Returns a function: the share of all cores that other processes have taken since; 0 where Linux cannot tell."""
+
+    def used() -> tuple[float, float]:
+        total = [int(ticks) for ticks in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        own = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in workers]
+        return sum(total[:3]) + sum(total[5:8]), sum(int(ticks) for pair in own for ticks in pair)
+
+    if not Path("/proc/stat").exists():
+        return lambda: 0.0
+    before, start = used(), time.perf_counter()
+
+    def share() -> float:
+        busy, own = (after - first for first, after in zip(before, used()))
+        ticks = (time.perf_counter() - start) * os.sysconf("SC_CLK_TCK") * (os.cpu_count() or 1)
+        return max(0.0, busy - own) / ticks
+
+    return share
 
 
 def _order(names: list[str], turn: int) -> list[str]:
@@ -157,7 +193,7 @@ def throughput(batch: int, seconds: float, info: dict[str, Any], flops: float | 
 
 def table(name: str, row: dict[str, Any]) -> str:
     """A row of a benchmark as text: its ratio, the proof of equal work, and a line for each variant."""
-    void = "" if row["valid"] else " (VOID: the machine is too noisy)"
+    void = "" if row["valid"] else " (VOID: the machine is not quiet)"
     same = ", ".join(f"{what} {value:g}" for what, value in row["same_work"].items())
     lines = [
         f"\n{name}: {row['ratio']['median']:.2f}× {row['baseline']}, quartiles {row['ratio']['quartiles']}, "
