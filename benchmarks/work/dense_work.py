@@ -3,6 +3,7 @@
 from typing import Any
 
 from benchmarks.work.paired import Prepared, warmed_up
+from benchmarks.work.torch_cpu import use_all_cores
 
 WINDOWS, PATCHES, WIDTH, CLASSES, PIXELS, BINS = 16, 32, 384, 21, 448, 64
 PHOTO = (3000, 4000)  # px
@@ -67,12 +68,11 @@ def prepare_jax(row: str) -> Prepared:
 
 def prepare_torch(row: str) -> Prepared:
     """The same as it is usually written."""
-    import os
 
     import torch
     from torch.nn.functional import cross_entropy, interpolate
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    use_all_cores()
     patches, targets = _inputs(row)
     if row == "photo":
         scores = torch.from_numpy(patches).permute(2, 0, 1)[None].contiguous()

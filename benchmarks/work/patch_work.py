@@ -3,12 +3,12 @@
 Both take the same random features, whose similarities are spread like those of real ones (clusters and noise).
 """
 
-import os
 from typing import Any
 
 import numpy as np
 
 from benchmarks.work.paired import Prepared, warmed_up
+from benchmarks.work.torch_cpu import use_all_cores
 
 DIM = 384
 GRID = (30, 54)  # patches of 16 px in a frame of DAVIS at 480p
@@ -60,7 +60,7 @@ def prepare_torch(row: str) -> Prepared:
     """PyTorch's side, written as the papers' code does it: whole matrices of similarities."""
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    use_all_cores()
     tensors = [torch.from_numpy(array) for array in inputs(row)]
     call = torch.inference_mode()(_TORCH[row])
     return _prepared(row, lambda: call(*tensors))
