@@ -216,7 +216,8 @@ def _convert_file(config: Config) -> bool:
     checkpoint, model = _read(config)
     if config.verify and not _equals_pytorch(model, checkpoint, config):
         return False
-    store(model, folder, describe(file) | {"which": config.which})
+    described = describe(file, of_dinov3=model.config.family == "dinov3")
+    store(model, folder, described | {"which": config.which})
     _print_model(file.name, model, folder)
     return True
 

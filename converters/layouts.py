@@ -3,7 +3,7 @@
 Known layouts: a bare backbone; DINO training checkpoints `{"student": …, "teacher": …, "args": …}` whose
 entries hold `backbone.*` and `head.*`, the student's under `module.`; DINOv2 training checkpoints with
 `teacher.backbone.*`, `teacher.dino_head.*` and chunked blocks (`blocks.CHUNK.INDEX.*`, the index counting through all
-chunks); Hugging Face's DINO and DINOv2 files.
+chunks); Hugging Face's DINO, DINOv2 and DINOv3 files. `converters.dinov3` has the names of DINOv3's.
 """
 
 import re
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.dinov3.hugging_face import from_dinov3_names, has_dinov3_names
 from converters.huggingface.names import from_hugging_face
 from converters.weight_files.tensors import raise_unless_named, raise_unless_readable, to_numpy
 from dinojax.errors import UserError
@@ -46,7 +47,7 @@ def part_of_checkpoint(checkpoint: Mapping[str, Any], *, part: str, which: str) 
     raise_unless_readable(tensors)
     state = {name: to_numpy(name, tensor) for name, tensor in tensors.items()}
     if any(name.startswith("embeddings.") for name in state):
-        state = from_hugging_face(state)
+        state = from_dinov3_names(state) if has_dinov3_names(state) else from_hugging_face(state)
     return _unchunk(state)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from converters.cache import cache_folder
+from converters.dinov3.hugging_face import stated_fields
+from converters.dinov3.official import LICENSE, TERMS, where_to_get
 from converters.download import download, raise_unless_room
 from converters.exports.outputs import described_preprocessing
 from converters.huggingface.positions import Positions, difference_from_transformers, with_positions
@@ -28,9 +30,10 @@ from converters.weight_files.optional import import_torch
 from converters.weight_files.state_dicts import read_state_dict
 from dinojax.documents import sha256_of_file
 from dinojax.errors import UserError
+from dinojax.models.config import ViTConfig
 from dinojax.models.files import is_model_folder, load, named_parameters, save, shipped_folder
-from dinojax.models.variants import VARIANTS
-from dinojax.models.vit import VisionTransformer, ViTConfig
+from dinojax.models.variants import SATELLITE_MEAN, SATELLITE_STD, VARIANTS, is_satellite
+from dinojax.models.vit import VisionTransformer
 
 _SHOWN_DIFFERENCES = 4
 
@@ -75,13 +78,20 @@ def _load(name: str, weights: str | Path | None, cache_dir: str | Path | None) -
     if weights is not None:
         model = read_model(weights)
         raise_unless_architecture(model, name, str(weights))
-        return model
+        return _normalised_as(name, Path(weights), model)
     folder = shipped_folder(name) or model_folder(name, cache_dir)
     if folder.exists():
         return _load_cached(folder, name)
     file, _, model = fetch_converted(name, cache_dir)
     store(model, folder, describe(file, name))
     file.unlink()  # the folder holds the same numbers
+    return model
+
+
+def _normalised_as(name: str, path: Path, model: VisionTransformer) -> VisionTransformer:
+    """The model with the satellites' mean and deviation if `name` is one of theirs and no file states others."""
+    if is_satellite(name) and not is_model_folder(path) and "mean" not in preprocessing_beside(path):
+        model.preprocessing = dataclasses.replace(model.preprocessing, mean=SATELLITE_MEAN, std=SATELLITE_STD)
     return model
 
 
@@ -99,6 +109,8 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
     source = SOURCES.get(name)
     if shipped_folder(name):
         raise UserError(f"{name} comes with dinojax, converted: load_pretrained({name!r}), or --weights {name}")
+    if VARIANTS[name].family == "dinov3":
+        raise UserError(where_to_get(name))
     if source is None:
         raise UserError(f"no weights were published for {name}; published are {', '.join(SOURCES)}")
     import_torch()  # before minutes of download, not after
@@ -171,8 +183,11 @@ def read_file(
 ) -> tuple[Mapping[str, Any], VisionTransformer]:
     """The tensors of a file or a Hugging Face folder as stored, and the converted model; see `read_model`."""
     tensors, heads = _read_tensors(path, num_heads)
-    model = _positioned(convert(tensors, str(path), num_heads=heads, which=which), positions)
+    known = stated_fields(path, read_settings(path))
+    model = _positioned(convert(tensors, str(path), num_heads=heads, which=which, stated=known), positions)
     raise_unless_computed(path, model)
+    if model.config.family == "dinov3":
+        model = _normalised_as(path.name, path, model)
     stated = preprocessing_beside(path) | (described_preprocessing(path) if path.suffix == ".onnx" else {})
     model.preprocessing = dataclasses.replace(model.preprocessing, **stated)
     return tensors, model
@@ -193,6 +208,10 @@ def tell_choices(
         say(note) if say else warnings.warn(note, stacklevel=4)
     if say is None:
         return
+    if model.config.family == "dinov3":
+        say(f"{path}: {TERMS}")
+        if is_satellite(path.name) and model.preprocessing.mean == SATELLITE_MEAN:
+            say(f"{path}: images are normalised with the satellites' mean {SATELLITE_MEAN} and std {SATELLITE_STD}")
     if network := left_out(tensors, which):
         say(f"{path}: {network}")
     difference = difference_from_transformers(model.config)
@@ -226,11 +245,16 @@ def _positioned(model: VisionTransformer, positions: Positions | None) -> Vision
 
 
 def convert(
-    state_dict: Mapping[str, Any], label: str, *, num_heads: int | None = None, which: str = "teacher"
+    state_dict: Mapping[str, Any],
+    label: str,
+    *,
+    num_heads: int | None = None,
+    which: str = "teacher",
+    stated: Mapping[str, Any] | None = None,
 ) -> VisionTransformer:
     """`from_torch` with `label` in its errors; it also refuses values that are not finite."""
     try:
-        model = from_torch(state_dict, num_heads=num_heads, which=which)
+        model = from_torch(state_dict, num_heads=num_heads, which=which, stated=stated)
     except (ValueError, MemoryError, OverflowError) as error:  # a UserError, or shapes that do not make a configuration
         raise UserError(f"{label}: {_shortened(str(error))}") from error
     for name, array in named_parameters(model).items():
@@ -245,12 +269,14 @@ def store(model: VisionTransformer, folder: Path, source: Mapping[str, Any]) -> 
     save(model, folder, source=source)
 
 
-def describe(file: Path, name: str | None = None) -> dict[str, Any]:
+def describe(file: Path, name: str | None = None, *, of_dinov3: bool = False) -> dict[str, Any]:
     """The origin of converted weights, which is stored with them."""
     source = SOURCES.get(name) if name else None
     description: dict[str, Any] = {"file": file.name}
     if file.is_file():
         description |= {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
+    if of_dinov3:
+        description |= {"license": LICENSE}
     if source:
         description |= {"name": name, "url": source.url, "license": source.license}
     return description
@@ -285,9 +311,10 @@ def _load_cached(folder: Path, name: str) -> VisionTransformer:
 def raise_unless_architecture(model: VisionTransformer, name: str, label: str) -> None:
     """Refuses a model whose architecture is not that of `name`.
 
-    Drop path belongs to the training, and resizing of positions is a choice, so they may differ.
+    Drop path belongs to the training, and resizing of positions is a choice, so they may differ; DINOv3 has no size.
     """
-    free = ("drop_path_rate", "drop_path_uniform", "interpolate_antialias", "interpolate_offset")
+    free = ["drop_path_rate", "drop_path_uniform", "interpolate_antialias", "interpolate_offset", "rope_periods"]
+    free += ["img_size"] if model.config.family == "dinov3" else []
     given, wanted = (dataclasses.asdict(config) for config in (model.config, VARIANTS[name]))
     differing = [key for key in wanted if key not in free and given[key] != wanted[key]]
     if not differing:

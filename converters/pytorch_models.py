@@ -1,8 +1,9 @@
 """PyTorch models to compare a conversion with, filled with the tensors of its checkpoint.
 
-They come from `transformers` (Dinov2Model, Dinov2WithRegistersModel, and ViTModel for DINO), and from upstream's code
-through `torch.hub` if GitHub can be reached. `transformers` resizes the position table to the exact size, upstream by a
-factor that is 0.1 patch larger. At other sizes than the native one, the Flax model must follow the same convention.
+They come from `transformers` (Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, and ViTModel for DINO), and for
+DINO and DINOv2 from upstream's code through `torch.hub` if GitHub can be reached. `transformers` resizes the position
+table to the exact size, upstream by a factor that is 0.1 patch larger. At other sizes than the native one, the Flax
+model must follow the same convention.
 """
 
 import dataclasses
@@ -20,8 +21,8 @@ from converters.huggingface.positions import with_positions
 from converters.layouts import part_of_checkpoint
 from converters.weight_files.optional import import_torch
 from dinojax.errors import UserError
+from dinojax.models.config import ViTConfig
 from dinojax.models.variants import VARIANTS
-from dinojax.models.vit import ViTConfig
 
 _BLOCKS_SHOWN = 4
 _MOST_TOKENS_FOR_ATTENTION = 600  # PyTorch returns the attention of every block: gigabytes for many tokens
@@ -83,6 +84,9 @@ def transformers_reference(config: ViTConfig, checkpoint: Mapping[str, Any], whi
         return named | ({"attention": result.attentions[-1].numpy()} if with_attention else {})
 
     title = f"transformers {transformers.__version__} {kind.__name__}"
+    if config.family == "dinov3":
+        title += ", both sides with periods in float32" if config.rope_periods != "float32" else ""
+        return Reference(title, with_positions(config, "huggingface"), outputs)
     if config.interpolate_offset:
         title += ", both sides without upstream's +0.1 in resizing positions"
     return Reference(title, dataclasses.replace(config, interpolate_offset=0.0), outputs)
@@ -123,6 +127,8 @@ def _import_transformers() -> Any:
 def hub_reference(config: ViTConfig, checkpoint: Mapping[str, Any], which: str) -> Reference | str:
     """Upstream's model with these tensors, or the reason why it is left out."""
     torch = import_torch()
+    if config.family == "dinov3":
+        return "the code of DINOv3 has a licence of its own, and is not downloaded"
     config = with_positions(config, "hub")
     name = next((name for name, variant in VARIANTS.items() if variant == config), None)
     if name is None or "vitt" in name:

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
+from converters.dinov3.official import infer_rotation, is_dinov3, official, with_stored_periods, without_buffers
 from converters.huggingface.positions import with_positions
 from converters.layouts import part_of_checkpoint
 from dinojax.errors import UserError
+from dinojax.models.config import ViTConfig
 from dinojax.models.files import Network, abstract_model, raise_unless_same, with_parameters
 from dinojax.models.head import DINOHead
 from dinojax.models.layers import swiglu_hidden_dim
-from dinojax.models.vit import VisionTransformer, ViTConfig
+from dinojax.models.vit import VisionTransformer
 
 
 def from_torch(
@@ -28,18 +30,22 @@ def from_torch(
     config: ViTConfig | None = None,
     num_heads: int | None = None,
     which: str = "teacher",
+    stated: Mapping[str, Any] | None = None,
 ) -> VisionTransformer:
     """Builds the backbone that an official checkpoint describes.
 
     Args:
-        state_dict: torch tensors or numpy arrays under official names (DINO, DINOv2, also wrapped, prefixed or
+        state_dict: torch tensors or numpy arrays under official names (DINO, DINOv2, DINOv3, also wrapped, prefixed or
             chunked) or under Hugging Face's names.
         config: the architecture; None infers it from names and shapes, with antialias and offset 0 for models with
-            registers, and offset 0.1 for others.
+            registers, and offset 0.1 for others. A DINOv3 has LayerNorm eps 1e-5, and the periods that are stored
+            beside its tensors, or else those of base 100.
         num_heads: number of attention heads, which shapes do not determine; None means 64 channels per head, as in
-            all published models.
+            all published models of DINO and DINOv2; in DINOv3 as many as stored periods or the published model say.
         which: the network to take from a training checkpoint, "teacher" or "student". Among other entries, "model"
             comes before "state_dict", and averages such as "model_ema" are not taken.
+        stated: fields of the configuration of a DINOv3 that its tensors do not tell, such as `layer_norm_eps`, if they
+            are known from elsewhere; of no effect on other models.
 
     Returns:
         The model in float32, or in float64 if the checkpoint is and jax has it enabled.
@@ -50,8 +56,12 @@ def from_torch(
     state = part_of_checkpoint(state_dict, part="backbone", which=which)
     if config is None:
         config = infer_config(state, num_heads)
-    elif "mask_token" in state:
+        if stated and config.family == "dinov3":
+            config = dataclasses.replace(config, **stated)
+    elif "mask_token" in state and config.family == "dino":
         config = dataclasses.replace(config, family="dinov2")
+    if config.family == "dinov3":
+        config, state = with_stored_periods(config, state), without_buffers(state)
     return fill(abstract_model(config), state)
 
 
@@ -108,13 +118,17 @@ def fill(module: Network, state: Mapping[str, np.ndarray]) -> Network:
 def to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
     """Official name → parameter of a backbone or head in torch's layout; the inverse of `from_torch`.
 
-    With `torch.tensor` around each array, `load_state_dict` of upstream's modules takes it.
+    With `torch.tensor` around each array, `load_state_dict` of upstream's modules takes it. A DINOv3 comes with the
+    buffers that official files have, see `converters.dinov3`.
     """
     params = nnx.to_flat_state(nnx.state(module, nnx.Param))
     rules = ((_rule(path, param.shape), param) for path, param in params)
-    return {rule.name: np.asarray(param[...]).transpose(np.argsort(rule.axes)) for rule, param in rules}
+    state = {rule.name: np.asarray(param[...]).transpose(np.argsort(rule.axes)) for rule, param in rules}
+    v3 = isinstance(module, VisionTransformer) and module.config.family == "dinov3"
+    return official(state, module.config) if v3 else state
 
 
+_DINOV3_EPSILON = 1e-5  # of every LayerNorm in the published models
 # What `infer_config` looks at.
 _AXES = {
     "patch_embed.proj.weight": 4,
@@ -149,35 +163,59 @@ def infer_config(state: Mapping[str, np.ndarray], num_heads: int | None = None) 
     Raises:
         UserError: the tensors are not those of a backbone, or `num_heads` cannot be inferred.
     """
-    needed = ("pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight")
+    v3 = is_dinov3(state)
+    needed = (*(() if v3 else ("pos_embed",)), "patch_embed.proj.weight", "blocks.0.norm1.weight")
     missing = [name for name in needed if name not in state]
     if missing:
-        raise UserError(f"not a DINO or DINOv2 backbone: {', '.join(missing)} missing among {_few(state)}")
+        kind = "DINOv3" if v3 else "DINO or DINOv2"
+        raise UserError(f"not a {kind} backbone: {', '.join(missing)} missing among {_few(state)}")
+    found = without_buffers(state) if v3 else state
     for name, axes in _AXES.items():
-        if name in state and (state[name].ndim != axes or 0 in state[name].shape):
-            raise UserError(f"misshapen {name} {state[name].shape}: {axes} axes were expected, none of them empty")
-    embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-    if num_heads is None and embed_dim % 64:
+        if name in found and (found[name].ndim != axes or 0 in found[name].shape):
+            raise UserError(f"misshapen {name} {found[name].shape}: {axes} axes were expected, none of them empty")
+    embed_dim, in_chans, patch_size, _ = found["patch_embed.proj.weight"].shape
+    own = _of_dinov3(state, found, num_heads) if v3 else _of_dino(found, num_heads)
+    if own["num_heads"] is None and embed_dim % 64:
         raise UserError(
             f"num_heads cannot be inferred from embed_dim={embed_dim}, which 64 does not divide: pass num_heads"
         )
-    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    only_v2 = {"mask_token", "register_tokens", "blocks.0.ls1.gamma", "blocks.0.mlp.w12.weight"}
+    own["num_heads"] = own["num_heads"] or embed_dim // 64
     config = ViTConfig(
-        img_size=side * patch_size,
         patch_size=patch_size,
         embed_dim=embed_dim,
-        depth=_depth(state),
-        num_heads=num_heads or embed_dim // 64,
-        **_feed_forward(state, embed_dim),
-        qkv_bias="blocks.0.attn.qkv.bias" in state,
-        init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
-        num_register_tokens=registers,
+        depth=_depth(found),
+        **_feed_forward(found, embed_dim),
+        qkv_bias="blocks.0.attn.qkv.bias" in found,
+        init_values=1.0 if "blocks.0.ls1.gamma" in found else None,
+        num_register_tokens=found["register_tokens"].shape[1] if "register_tokens" in found else 0,
         in_chans=in_chans,
-        family="dinov2" if only_v2 & set(state) else "dino",
+        **own,
     )
     return with_positions(config, "hub")
+
+
+def _of_dino(state: Mapping[str, np.ndarray], num_heads: int | None) -> dict[str, Any]:
+    """Settings of DINO and DINOv2: the size of the position table, and the family."""
+    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    only_v2 = {"mask_token", "register_tokens", "blocks.0.ls1.gamma", "blocks.0.mlp.w12.weight"}
+    family = "dinov2" if only_v2 & set(state) else "dino"
+    img_size = side * state["patch_embed.proj.weight"].shape[3]
+    return {"img_size": img_size, "family": family, "num_heads": num_heads}
+
+
+def _of_dinov3(
+    state: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], num_heads: int | None
+) -> dict[str, Any]:
+    """Settings of a DINOv3: `state` has the buffers, and `found` what is left without them."""
+    dim, _, patch, _ = found["patch_embed.proj.weight"].shape
+    bias = found.get("blocks.0.attn.qkv.bias")
+    return {
+        "img_size": max(1, 224 // patch) * patch,  # of no consequence for features
+        "family": "dinov3",
+        "key_bias": bias is not None and bias.shape == (3 * dim,),
+        "layer_norm_eps": _DINOV3_EPSILON,
+        **infer_rotation(state, num_heads),
+    }
 
 
 def _depth(state: Mapping[str, np.ndarray]) -> int:

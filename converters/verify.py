@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 
 from converters.pytorch_models import Outputs, block_name, hub_reference, transformers_reference
-from dinojax.models.vit import VisionTransformer, ViTConfig
+from dinojax.models.config import ViTConfig
+from dinojax.models.vit import VisionTransformer
 
 BOUND = 3e-5
 """Largest accepted difference, as a share of the largest value of the output; float32 rounding stays well below it."""

@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from dinojax.embedding import Embeddings, embed
     from dinojax.errors import UserError
     from dinojax.images import normalize, preprocess
+    from dinojax.models.config import ViTConfig
     from dinojax.models.files import load, save
     from dinojax.models.head import DINOHead
     from dinojax.models.preprocessing import Preprocessing
     from dinojax.models.variants import VARIANTS
-    from dinojax.models.vit import Features, VisionTransformer, ViTConfig
+    from dinojax.models.vit import Features, VisionTransformer
 
 __version__ = "0.1.0"
 

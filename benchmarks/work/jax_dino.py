@@ -35,8 +35,9 @@ from benchmarks.work.dinov2_work import (
 )
 from benchmarks.work.paired import Prepared, warmed_up
 from converters.torch_to_flax import to_torch
+from dinojax.models.config import ViTConfig
 from dinojax.models.head import DINOHead
-from dinojax.models.vit import VisionTransformer, ViTConfig
+from dinojax.models.vit import VisionTransformer
 from dinojax.pretraining.augment import MultiCropConfig, draw_views, multi_crop
 from dinojax.pretraining.dinov2_optim import dinov2_optimizer
 from dinojax.pretraining.dinov2_step import DINOv2, DINOv2Objective, init_dinov2_state, make_dinov2_train_step

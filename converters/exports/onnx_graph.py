@@ -13,12 +13,12 @@ import numpy as np
 from converters.exports.outputs import shapes
 from converters.huggingface.names import hugging_face_name, to_hugging_face
 from converters.weight_files.optional import import_onnx
-from dinojax.models.vit import VisionTransformer, ViTConfig
+from dinojax.models.config import ViTConfig
+from dinojax.models.vit import VisionTransformer
 
 INPUT = "pixel_values"
 _OPSET = 17  # the first with LayerNormalization
 _IR_VERSION = 8
-_EPSILON = 1e-6
 
 
 def onnx_model(model: VisionTransformer, state: Mapping[str, np.ndarray], size: int, outputs: Sequence[str]) -> Any:
@@ -34,8 +34,7 @@ def onnx_model(model: VisionTransformer, state: Mapping[str, np.ndarray], size: 
         UserError: the package onnx is missing.
     """
     onnx = import_onnx()
-    positions = np.asarray(model.interpolated_pos_embed(size, size), np.float32)
-    graph = _Graph(onnx, model.config, {**to_hugging_face(state, model.config.family), _POSITIONS: positions})
+    graph = _Graph(onnx, model.config, {**to_hugging_face(state, model.config.family), **_positions(model, size)})
     _write(graph, size, outputs)
     helper, number = onnx.helper, onnx.TensorProto.FLOAT
     axes = shapes(model, size, outputs)
@@ -52,7 +51,15 @@ def onnx_model(model: VisionTransformer, state: Mapping[str, np.ndarray], size: 
     return made
 
 
-_POSITIONS = "embeddings.position_embeddings"
+def _positions(model: VisionTransformer, size: int) -> dict[str, np.ndarray]:
+    """The position table for images of this size, or DINOv3's factors of the rotation, one column for all heads."""
+    rotation = model.rotation(size, size)
+    if rotation is None:
+        return {"embeddings.position_embeddings": np.asarray(model.interpolated_pos_embed(size, size), np.float32)}
+    return {name: np.asarray(x, np.float32)[:, None] for name, x in zip(_ROTATION, rotation)}
+
+
+_ROTATION = ("rotation_cos", "rotation_sin")
 
 
 class _Graph:
@@ -96,7 +103,7 @@ class _Graph:
     def norm(self, x: str, layer: str) -> str:
         """LayerNorm over the last axis."""
         pair = (self.parameter(f"{layer}.weight"), self.parameter(f"{layer}.bias"))
-        return self.add("LayerNormalization", x, *pair, name=f"/{layer}", axis=-1, epsilon=_EPSILON)
+        return self.add("LayerNormalization", x, *pair, name=f"/{layer}", axis=-1, epsilon=self.config.layer_norm_eps)
 
 
 def _write(graph: _Graph, size: int, outputs: Sequence[str]) -> None:
@@ -141,7 +148,8 @@ def _embed(graph: _Graph, patches: int) -> str:
         return graph.add("Expand", graph.parameter(name), shape, name=f"/{name}")
 
     x = graph.add("Concat", repeated("cls_token", 1), x, name="/with_cls", axis=1)
-    x = graph.add("Add", x, graph.parameter("pos_embed"), name="/with_positions")
+    if config.rope_base is None:
+        x = graph.add("Add", x, graph.parameter("pos_embed"), name="/with_positions")
     if not config.num_register_tokens:
         return x
     cls_token = graph.add("Slice", x, *_range(graph, "cls_part", 0, 1, axis=1), name="/cls_part")
@@ -159,6 +167,8 @@ def _attention(graph: _Graph, x: str, block: str, tokens: int) -> tuple[str, str
     def heads(part: str, axes: list[int]) -> str:
         projected = graph.linear(x, f"{block}.attn.{part}")
         projected = graph.add("Reshape", projected, split, name=f"/{block}/{part}_heads")
+        if config.rope_base is not None and part != "value":
+            projected = _rotated(graph, projected, f"/{block}/{part}")
         return graph.add("Transpose", projected, name=f"/{block}/{part}", perm=axes)
 
     query, key, value = heads("query", [0, 2, 1, 3]), heads("key", [0, 2, 3, 1]), heads("value", [0, 2, 1, 3])
@@ -173,6 +183,16 @@ def _attention(graph: _Graph, x: str, block: str, tokens: int) -> tuple[str, str
     return graph.linear(merged, f"{block}.attn.proj"), probabilities
 
 
+def _rotated(graph: _Graph, x: str, path: str) -> str:
+    """Queries or keys "batch tokens heads channels", rotated as `dinojax.models.rope.rotate` does."""
+    first, second = f"{path}_first", f"{path}_second"
+    graph.nodes.append(graph.onnx.helper.make_node("Split", [x], [first, second], name=f"{path}_halves", axis=-1))
+    swapped = graph.add("Concat", second, first, name=f"{path}_swapped", axis=-1)
+    cos, sin = (graph.parameter(name) for name in _ROTATION)
+    turned = graph.add("Mul", swapped, sin, name=f"{path}_sin")
+    return graph.add("Add", graph.add("Mul", x, cos, name=f"{path}_cos"), turned, name=f"{path}_rotated")
+
+
 def _feed_forward(graph: _Graph, x: str, block: str) -> str:
     if graph.config.ffn_layer == "mlp":
         x = graph.linear(x, f"{block}.mlp.fc1")
@@ -182,9 +202,12 @@ def _feed_forward(graph: _Graph, x: str, block: str) -> str:
         x = graph.add("Mul", x, error, name=f"/{block}/gelu_product")
         x = graph.add("Mul", x, graph.constant("half", 0.5, np.float32), name=f"/{block}/gelu")
         return graph.linear(x, f"{block}.mlp.fc2")
-    x = graph.linear(x, f"{block}.mlp.w12")
-    gate, value = f"/{block}/mlp_gate", f"/{block}/mlp_value"
-    graph.nodes.append(graph.onnx.helper.make_node("Split", [x], [gate, value], name=f"/{block}/split", axis=-1))
+    if graph.config.family == "dinov3":
+        gate, value = graph.linear(x, f"{block}.mlp.w1"), graph.linear(x, f"{block}.mlp.w2")
+    else:
+        x = graph.linear(x, f"{block}.mlp.w12")
+        gate, value = f"/{block}/mlp_gate", f"/{block}/mlp_value"
+        graph.nodes.append(graph.onnx.helper.make_node("Split", [x], [gate, value], name=f"/{block}/split", axis=-1))
     sigmoid = graph.add("Sigmoid", gate, name=f"/{block}/sigmoid")
     gate = graph.add("Mul", gate, sigmoid, name=f"/{block}/silu")
     return graph.linear(graph.add("Mul", gate, value, name=f"/{block}/gated"), f"{block}.mlp.w3")

@@ -11,12 +11,14 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from converters.dinov3 import hugging_face
 from converters.huggingface.names import to_hugging_face
 from converters.huggingface.settings import FILTERS
 from dinojax.errors import UserError
+from dinojax.models.config import ViTConfig
 from dinojax.models.layers import swiglu_hidden_dim
 from dinojax.models.preprocessing import Preprocessing
-from dinojax.models.vit import VisionTransformer, ViTConfig
+from dinojax.models.vit import VisionTransformer
 
 _CLASSES = {"vit": "ViTModel", "dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
 
@@ -68,9 +70,11 @@ def model_settings(config: ViTConfig) -> dict[str, Any]:
     Raises:
         UserError: transformers has no such architecture.
     """
-    kind = _model_type(config)
     width = swiglu_hidden_dim(config.embed_dim, config.mlp_ratio)
     hidden = width if config.ffn_layer != "mlp" else int(config.embed_dim * config.mlp_ratio)
+    if config.family == "dinov3":
+        return hugging_face.model_settings(config, hidden)
+    kind = _model_type(config)
     settings: dict[str, Any] = {
         "architectures": [_CLASSES[kind]],
         "model_type": kind,
@@ -130,7 +134,7 @@ def _model_type(config: ViTConfig) -> str:
 
 def _layer_scales(config: ViTConfig) -> dict[str, np.ndarray]:
     """Factors of one for a DINOv2 without LayerScale, which transformers always has."""
-    if config.family == "dino" or config.init_values is not None:
+    if config.family != "dinov2" or config.init_values is not None:
         return {}
     names = [f"encoder.layer.{block}.layer_scale{i}.lambda1" for block in range(config.depth) for i in (1, 2)]
     return {name: np.ones(config.embed_dim, np.float32) for name in names}

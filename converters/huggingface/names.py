@@ -1,13 +1,15 @@
 """Names of tensors: Hugging Face's and the official ones.
 
-DINO is a plain ViT at Hugging Face, and DINOv2 has names of its own. `query`, `key` and `value` are separate there;
-upstream fuses them along the output axis, in this order.
+DINO is a plain ViT at Hugging Face, and DINOv2 has names of its own; DINOv3's are in `converters.dinov3`. `query`,
+`key` and `value` are separate there; upstream fuses them along the output axis, in this order.
 """
 
 import re
 from collections.abc import Mapping
 
 import numpy as np
+
+from converters.dinov3.hugging_face import dinov3_name, to_dinov3_names
 
 _POOLER = "pooler."  # Hugging Face's plain ViT has one; DINO was trained without
 
@@ -78,8 +80,10 @@ def to_hugging_face(state: Mapping[str, np.ndarray], family: str | None) -> dict
 
     Args:
         state: official name → array, in torch's layout.
-        family: "dino" or "dinov2".
+        family: "dino", "dinov2" or "dinov3".
     """
+    if family == "dinov3":
+        return to_dinov3_names(state)
     renamed: dict[str, np.ndarray] = {}
     for name, array in state.items():
         if ".attn.qkv." in name:
@@ -95,8 +99,10 @@ def hugging_face_name(name: str, family: str | None) -> str:
 
     Args:
         name: the official name, such as "blocks.0.norm1.weight".
-        family: "dino" or "dinov2".
+        family: "dino", "dinov2" or "dinov3".
     """
+    if family == "dinov3":
+        return dinov3_name(name)
     for pattern, replacement in _TO_HUGGING_FACE + (_TO_PLAIN_VIT if family == "dino" else ()):
         name = re.sub(pattern, replacement, name)
     return name

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from converters.dinov3 import hugging_face
 from dinojax.errors import UserError
+from dinojax.models.config import ViTConfig
 from dinojax.models.layers import SwiGLUFFN, swiglu_hidden_dim
-from dinojax.models.vit import VisionTransformer, ViTConfig
+from dinojax.models.vit import VisionTransformer
 
-FAMILIES = {"dinov2": "dinov2", "dinov2_with_registers": "dinov2", "vit": "dino"}
+FAMILIES = {"dinov2": "dinov2", "dinov2_with_registers": "dinov2", "vit": "dino", hugging_face.MODEL_TYPE: "dinov3"}
 """Hugging Face's `model_type` → family of the model."""
 FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """Interpolation → Pillow's number of the filter, which Hugging Face calls `resample`."""
@@ -54,6 +56,20 @@ def raise_unless_computed(path: str | Path, model: VisionTransformer) -> None:
     settings = read_settings(path)
     if not settings:
         return
+    if (settings["model_type"] == hugging_face.MODEL_TYPE) != (model.config.family == "dinov3"):
+        kinds = " or ".join(kind for kind, family in FAMILIES.items() if family == model.config.family)
+        raise UserError(
+            f"{path}: config.json has model_type = {settings['model_type']!r:.40}, and the model computes with {kinds} "
+            "as the weights beside it ask; download both again"
+        )
+    if model.config.family == "dinov3":
+        for name, wanted in hugging_face.computed(settings, model.config).items():
+            raise UserError(
+                f"{path}: config.json has {name} = {settings.get(name)!r:.40}, and the model computes with {wanted!r}: "
+                "these are not weights of DINOv3 as published"
+            )
+        _raise_unless_sizes(path, settings, model)
+        return
     epsilon, act = settings.get("layer_norm_eps", _EPSILON), settings.get("hidden_act", "gelu")
     swiglu = model.config.ffn_layer == "swiglufused"
     checks = {
@@ -68,6 +84,10 @@ def raise_unless_computed(path: str | Path, model: VisionTransformer) -> None:
                 f"{path}: config.json has {name} = {settings.get(name)!r:.40}, and the model computes with {computed}: "
                 "these are not weights of DINO or DINOv2 as published"
             )
+    _raise_unless_sizes(path, settings, model)
+
+
+def _raise_unless_sizes(path: str | Path, settings: Mapping[str, Any], model: VisionTransformer) -> None:
     for name, (given, found) in _sizes(settings, model).items():
         if given != found:
             raise UserError(
@@ -94,7 +114,7 @@ def _sizes(settings: Mapping[str, Any], model: VisionTransformer) -> dict[str, t
     if "patch_size" in given:
         given["patch_size"] = _square(given["patch_size"])
     compared: dict[str, tuple[Any, Any]] = {name: (value, found[name]) for name, value in given.items()}
-    if settings.get("image_size") is not None:
+    if settings.get("image_size") is not None and config.family != "dinov3":  # which has no table of a size
         side = _square(settings["image_size"])
         whole = side // config.patch_size * config.patch_size if _is_whole(side) else side
         compared["image_size"] = (whole, config.img_size)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from converters.dinov3.hugging_face import has_dinov3_names
 from converters.weight_files.optional import import_onnx
 from dinojax.errors import UserError
 
@@ -82,6 +83,11 @@ class _Reader:
         kinds = {node.op_type for node in self.nodes}
         if found := sorted(kinds.intersection(_QUANTISED)):
             raise UserError(f"{self.path} is quantised ({found[0]}); take the export in float32, such as model.onnx")
+        if has_dinov3_names(self.stored):
+            raise UserError(
+                f"{self.path} is a DINOv3, of which ONNX files are written but not read: its rotation is in the "
+                "program alone; take the weight file or the folder that it was made of"
+            )
         for node in self.nodes:
             values = {attribute.name: attribute for attribute in node.attribute}
             if node.op_type == "LayerNormalization" and "epsilon" in values and values["epsilon"].f > _EPSILON * 1.001:

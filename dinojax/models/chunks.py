@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from dinojax.errors import UserError
-from dinojax.models.vit import ViTConfig
+from dinojax.models.config import ViTConfig
 from dinojax.parallel import device_count
 
 # Activations of one layer that stay in a CPU's cache, by measurement with ViT-S/14 at 224 px: 8 images.

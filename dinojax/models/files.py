@@ -19,9 +19,10 @@ from safetensors.numpy import save_file
 
 from dinojax.documents import flush_folder, read_document, sha256_of_file, write_document
 from dinojax.errors import UserError
+from dinojax.models.config import ViTConfig
 from dinojax.models.preprocessing import Preprocessing
 from dinojax.models.variants import VARIANTS
-from dinojax.models.vit import VisionTransformer, ViTConfig, default_preprocessing
+from dinojax.models.vit import VisionTransformer, default_preprocessing
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -104,7 +105,7 @@ def save(
             os.fsync(file.fileno())
         document = {
             "model": _KIND,
-            "config": dataclasses.asdict(model.config),
+            "config": model.config.settings(),
             "preprocessing": dataclasses.asdict(model.preprocessing),
             "source": dict(source or {}),
         }

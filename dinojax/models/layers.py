@@ -3,7 +3,8 @@
 Parameter paths are upstream's (`attn.qkv.kernel`, `mlp.fc1.bias`, `ls1.gamma`, …). Every layer computes in the dtype
 of its parameters, except LayerNorm statistics and the softmax, which use float32 at least.
 
-Source: facebookresearch/dino 7c446df `vision_transformer.py`, facebookresearch/dinov2 b8931f7 `dinov2/layers/`.
+Source: facebookresearch/dino 7c446df `vision_transformer.py`, facebookresearch/dinov2 b8931f7 `dinov2/layers/`; for
+DINOv3 `modeling_dinov3_vit.py` of Hugging Face's transformers 5.24.
 """
 
 import functools
@@ -19,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from dinojax.models.norm import LayerNorm
+from dinojax.models.rope import Rotation, rotate
 from dinojax.precision import at_least_float32
 
 # Upstream truncates at ±2, a hundred standard deviations away, so the plain normal distribution is the same.
@@ -87,16 +89,46 @@ class PatchEmbed(Module):
         return tokens.reshape(batch, rows * columns, -1)
 
 
-class Attention(Module):
-    """Multi-head self-attention; the fused projection is laid out (3, heads, head_dim) as upstream."""
+class QueryValueBias(Linear):
+    """The fused projection to queries, keys and values (3·dim) with a bias "2·dim" of queries and values alone.
 
-    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, rngs: nnx.Rngs):
+    Official files of DINOv3 hold zeros for the keys, and a mask that keeps them zero. Here these numbers do not exist:
+    rotated keys would feel a bias, and no gradient, decay or average can move what is not there.
+    """
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        super().__init__(dim, 3 * dim, use_bias=True, rngs=rngs)
+        assert self.bias is not None
+        self.bias = nnx.Param(self.bias[: 2 * dim])
+
+    def __call__(  # type: ignore[override]
+        self, x: Float[Array | np.ndarray, "*batch in_dim"]
+    ) -> Float[Array, "*batch out_dim"]:
+        assert self.bias is not None
+        query, value = jnp.split(self.bias[...], 2)
+        products = jnp.asarray(x).reshape(-1, x.shape[-1]) @ self.kernel[...]
+        bias = jnp.concatenate([query, jnp.zeros_like(query), value])
+        return (products + bias[None]).reshape(*x.shape[:-1], self.out_features)
+
+
+class Attention(Module):
+    """Multi-head self-attention; the fused projection is laid out (3, heads, head_dim) as upstream.
+
+    With a rotation, queries and keys are rotated by it before their products (`dinojax.models.rope`).
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, key_bias: bool = True, rngs: nnx.Rngs):
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim, use_bias=qkv_bias, rngs=rngs)
+        masked = qkv_bias and not key_bias
+        self.qkv = QueryValueBias(dim, rngs=rngs) if masked else Linear(dim, 3 * dim, use_bias=qkv_bias, rngs=rngs)
         self.proj = Linear(dim, dim, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
+    def __call__(
+        self, x: Float[Array, "batch tokens dim"], rotation: Rotation | None = None
+    ) -> Float[Array, "batch tokens dim"]:
         query, key, value = self._heads(x)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         scores = _scores(query, key)
         # Dividing after the product with the values touches head_dim numbers per query instead of `tokens`.
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
@@ -104,9 +136,13 @@ class Attention(Module):
         out = (out / weights.sum(-1, keepdims=True)).astype(x.dtype)
         return self.proj(out.transpose(0, 2, 1, 3).reshape(x.shape))
 
-    def probs(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens tokens"]:
+    def probs(
+        self, x: Float[Array, "batch tokens dim"], rotation: Rotation | None = None
+    ) -> Float[Array, "batch heads tokens tokens"]:
         """The attention probabilities; each row (a query) sums to one."""
         query, key, _ = self._heads(x)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         return jax.nn.softmax(_scores(query, key), axis=-1).astype(x.dtype)
 
     def keys(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
@@ -225,12 +261,14 @@ class Block(Module):
         ffn_layer: str,
         init_values: float | None,
         drop_path_rate: float,
+        key_bias: bool = True,
+        layer_norm_eps: float = 1e-6,
         rngs: nnx.Rngs,
     ):
         self.drop_path_rate = drop_path_rate
-        self.norm1 = LayerNorm(dim, rngs=rngs)
-        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, rngs=rngs)
-        self.norm2 = LayerNorm(dim, rngs=rngs)
+        self.norm1 = LayerNorm(dim, epsilon=layer_norm_eps, rngs=rngs)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, key_bias=key_bias, rngs=rngs)
+        self.norm2 = LayerNorm(dim, epsilon=layer_norm_eps, rngs=rngs)
         self.mlp: Mlp | SwiGLUFFN
         if ffn_layer == "mlp":
             self.mlp = Mlp(dim, int(dim * mlp_ratio), rngs=rngs)
@@ -242,6 +280,7 @@ class Block(Module):
     def __call__(
         self,
         x: Float[Array, "batch tokens dim"],
+        rotation: Rotation | None = None,
         *,
         key: Key[Array, ""] | None = None,
         drop_subsets: bool = False,
@@ -250,12 +289,14 @@ class Block(Module):
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         options = {"drop_subsets": drop_subsets, "drop_order": drop_order}
         add = functools.partial(add_branch, rate=self.drop_path_rate, **options)
-        x = add(x, self.norm1, lambda x: _scaled(self.ls1, self.attn(x)), key=attn_key)
+        x = add(x, self.norm1, lambda x: _scaled(self.ls1, self.attn(x, rotation)), key=attn_key)
         return add(x, self.norm2, lambda x: _scaled(self.ls2, self.mlp(x)), key=mlp_key)
 
-    def attention_probs(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens tokens"]:
+    def attention_probs(
+        self, x: Float[Array, "batch tokens dim"], rotation: Rotation | None = None
+    ) -> Float[Array, "batch heads tokens tokens"]:
         """The attention probabilities of this block for the input `x`; each row (a query) sums to one."""
-        return self.attn.probs(self.norm1(x))
+        return self.attn.probs(self.norm1(x), rotation)
 
     def attention_keys(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
         """The keys of this block's attention for the input `x`, of all heads side by side."""

@@ -1,13 +1,13 @@
-"""The vision transformer of DINO and DINOv2: its configuration, its outputs, the model.
+"""The vision transformer of DINO, DINOv2 and DINOv3: its outputs, and the model.
 
 Source: facebookresearch/dino 7c446df `vision_transformer.py`,
-facebookresearch/dinov2 b8931f7 `dinov2/models/vision_transformer.py`.
+facebookresearch/dinov2 b8931f7 `dinov2/models/vision_transformer.py`; for DINOv3 arXiv 2508.10104 and
+`modeling_dinov3_vit.py` of Hugging Face's transformers 5.24.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,85 +15,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Key
 
-from dinojax.errors import require
+from dinojax.models.config import ViTConfig
 from dinojax.models.layers import Block, Module, PatchEmbed
 from dinojax.models.norm import LayerNorm
 from dinojax.models.position import interpolate_pos_embed
 from dinojax.models.preprocessing import Preprocessing
+from dinojax.models.rope import Rotation, rotation
+from dinojax.precision import at_least_float32
 
 _Batch = Array | np.ndarray
-# Bounds that no model comes near: what is beyond them is a damaged file or a slip.
-_WHOLE = {
-    "img_size": (1, 2**16),
-    "patch_size": (1, 2**12),
-    "embed_dim": (1, 2**16),
-    "depth": (1, 2**10),
-    "num_heads": (1, 2**12),
-    "num_register_tokens": (0, 2**12),
-    "in_chans": (1, 2**12),
-}
 _LARGEST_DEFAULT = 224  # DINOv2's weights were trained at 518 px and evaluated at 224 px
-_REAL = {
-    "mlp_ratio": (0.001, 1024),
-    "init_values": (-1024, 1024),
-    "interpolate_offset": (-1, 1),
-    "drop_path_rate": (0, 1),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ViTConfig:
-    """What a `VisionTransformer` is built from, in upstream's constructor words.
-
-    Sizes are in pixels; `img_size` is the size the position table was trained at, and images of any other size may be
-    passed to the model. The defaults are DINO ViT-S/16.
-
-    Attributes:
-        ffn_layer: "mlp", or "swiglufused" as in DINOv2 ViT-g.
-        init_values: initial LayerScale factor; None leaves LayerScale out.
-        interpolate_antialias: whether resizing the position table smooths it, see `dinojax.models.position`.
-        interpolate_offset: what resizing adds to the number of rows and columns, see `dinojax.models.position`.
-        drop_path_rate: rate of the last block; it grows linearly from 0 in the first, unless `drop_path_uniform`.
-        family: "dinov2" models have a mask token and refuse images whose sides the patch size does not divide; "dino"
-            models cut off the remaining pixels. None infers it: only DINOv2 has LayerScale, registers or SwiGLU.
-
-    Raises:
-        UserError: a value of another type or out of all bounds, sizes that do not fit each other, or an unknown
-            `ffn_layer`.
-    """
-
-    img_size: int = 224
-    patch_size: int = 16
-    embed_dim: int = 384
-    depth: int = 12
-    num_heads: int = 6
-    mlp_ratio: float = 4
-    qkv_bias: bool = True
-    ffn_layer: str = "mlp"
-    init_values: float | None = None
-    num_register_tokens: int = 0
-    interpolate_antialias: bool = False
-    interpolate_offset: float = 0.1
-    drop_path_rate: float = 0.0
-    drop_path_uniform: bool = False
-    in_chans: int = 3
-    family: Literal["dino", "dinov2"] | None = None
-
-    def __post_init__(self):
-        _raise_if_damaged(self)
-        if self.family is None:
-            only_v2 = self.init_values is not None or self.num_register_tokens > 0 or self.ffn_layer != "mlp"
-            object.__setattr__(self, "family", "dinov2" if only_v2 else "dino")
-        heads, patch = self.num_heads, self.patch_size
-        require(self.ffn_layer in ("mlp", "swiglufused"), "ffn_layer", self.ffn_layer, "'mlp' or 'swiglufused'")
-        divides = heads > 0 and self.embed_dim % heads == 0
-        require(divides, "embed_dim", self.embed_dim, f"a multiple of num_heads={heads}")
-        require(0 < patch <= self.img_size, "img_size", self.img_size, f"enough for one patch of patch_size={patch}")
-
-    @property
-    def num_patches(self) -> int:
-        """Number of patch entries in the position table."""
-        return (self.img_size // self.patch_size) ** 2
 
 
 class Features(NamedTuple):
@@ -110,7 +41,7 @@ class Features(NamedTuple):
 
 
 class VisionTransformer(Module):
-    """DINO / DINOv2 backbone for NHWC images of any size, normalised as the weights expect.
+    """DINO / DINOv2 / DINOv3 backbone for NHWC images of any size, normalised as the weights expect.
 
     It computes in the dtype of its parameters, see `astype`. Images that it does not take are refused with a sentence.
 
@@ -123,14 +54,14 @@ class VisionTransformer(Module):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs, preprocessing: Preprocessing | None = None):
         self.config = config
         self.preprocessing = preprocessing or default_preprocessing(config)
-        dim, v2 = config.embed_dim, config.family == "dinov2"
+        dim, v2, v3 = config.embed_dim, config.family == "dinov2", config.family == "dinov3"
         normal, draw = jax.random.normal, rngs.params
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim, rngs=rngs)
         self.cls_token = nnx.Param((1e-6 if v2 else 0.02) * normal(draw(), (1, 1, dim)))
-        self.pos_embed = nnx.Param(0.02 * normal(draw(), (1, 1 + config.num_patches, dim)))
-        self.mask_token = nnx.Param(jnp.zeros((1, dim))) if v2 else None
-        registers = config.num_register_tokens
-        self.register_tokens = nnx.Param(1e-6 * normal(draw(), (1, registers, dim))) if registers else None
+        self.pos_embed = None if v3 else nnx.Param(0.02 * normal(draw(), (1, 1 + config.num_patches, dim)))
+        self.mask_token = nnx.Param(jnp.zeros((1, dim))) if v2 or v3 else None
+        registers, spread = config.num_register_tokens, 0.02 if v3 else 1e-6
+        self.register_tokens = nnx.Param(spread * normal(draw(), (1, registers, dim))) if registers else None
         self.blocks = nnx.List(
             Block(
                 dim,
@@ -140,11 +71,13 @@ class VisionTransformer(Module):
                 ffn_layer=config.ffn_layer,
                 init_values=config.init_values,
                 drop_path_rate=rate,
+                key_bias=config.key_bias,
+                layer_norm_eps=config.layer_norm_eps,
                 rngs=rngs,
             )
             for rate in _drop_path_rates(config)
         )
-        self.norm = LayerNorm(dim, rngs=rngs)
+        self.norm = LayerNorm(dim, epsilon=config.layer_norm_eps, rngs=rngs)
 
     def __call__(
         self,
@@ -160,7 +93,7 @@ class VisionTransformer(Module):
 
         Args:
             images: normalised pixels "batch height width channels".
-            masks: bool "batch patches": which patches the mask token replaces, in row-major order (DINOv2 only).
+            masks: bool "batch patches": which patches the mask token replaces, in row-major order (not for DINO).
             key: draws drop path; None leaves it out.
             drop_subsets: drop path as DINOv2 trains: each branch is computed for a random subset of the images only.
             drop_order: the place of each image in the order in which drop path is drawn; None takes them as they come.
@@ -173,10 +106,10 @@ class VisionTransformer(Module):
                 does not take; masks of another type or shape, or for a model without a mask token.
         """
         keys = [None] * len(self.blocks) if key is None else list(jax.random.split(key, len(self.blocks)))
-        x = self._embed(images, masks)
+        x, rotation = self._embed(images, masks), self.rotation(*images.shape[1:3])
         for block, block_key in zip(self.blocks, keys):
             apply = functools.partial(Block.__call__, block, drop_subsets=drop_subsets, drop_order=drop_order)
-            x = (jax.checkpoint(apply) if remat else apply)(x, key=block_key)
+            x = (jax.checkpoint(apply) if remat else apply)(x, rotation, key=block_key)
         cls_token, register_tokens, patch_tokens = self._split(self.norm(x))
         return Features(cls_token, patch_tokens, register_tokens, prenorm=x)
 
@@ -207,9 +140,9 @@ class VisionTransformer(Module):
         _raise_unless_images(images, self.config)
         rows, columns = (side // self.config.patch_size for side in images.shape[1:3])
         outputs = []
-        x = self._embed(images)
+        x, rotation = self._embed(images), self.rotation(*images.shape[1:3])
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, rotation)
             if index in wanted:
                 cls_token, _, patches = self._split(self.norm(x) if norm else x)
                 patches = patches.reshape(patches.shape[0], rows, columns, -1) if reshape else patches
@@ -218,20 +151,20 @@ class VisionTransformer(Module):
 
     def get_last_selfattention(self, images: Array | np.ndarray) -> Float[Array, "batch heads tokens tokens"]:
         """Attention probabilities of the last block; the tokens are in the order CLS, registers, patches."""
-        x = self._embed(images)
+        x, rotation = self._embed(images), self.rotation(*images.shape[1:3])
         for block in list(self.blocks)[:-1]:
-            x = block(x)
-        return self.blocks[-1].attention_probs(x)
+            x = block(x, rotation)
+        return self.blocks[-1].attention_probs(x, rotation)
 
     def get_last_keys(self, images: Array | np.ndarray) -> Float[Array, "batch rows columns dim"]:
         """The keys of the last block's attention for each patch, of all heads side by side, without CLS and registers.
 
-        LOST and TokenCut (`dinojax.patches`) take these.
+        LOST and TokenCut (`dinojax.patches`) take these. DINOv3's are those before the rotation.
         """
         rows, columns = (side // self.config.patch_size for side in images.shape[1:3])
-        x = self._embed(images)
+        x, rotation = self._embed(images), self.rotation(*images.shape[1:3])
         for block in list(self.blocks)[:-1]:
-            x = block(x)
+            x = block(x, rotation)
         keys = self._split(self.blocks[-1].attention_keys(x))[2]
         return keys.reshape(len(keys), rows, columns, -1)
 
@@ -240,8 +173,29 @@ class VisionTransformer(Module):
         graphdef, state = nnx.split(self)
         return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), state))
 
+    def rotation(self, height: int, width: int) -> Rotation | None:
+        """The rotation of queries and keys for images of `height` × `width` pixels; None for a model with a table."""
+        config, patch = self.config, self.config.patch_size
+        if config.rope_base is None:
+            return None
+        return rotation(
+            height // patch,
+            width // patch,
+            config.embed_dim // config.num_heads,
+            unrotated=1 + config.num_register_tokens,
+            base=config.rope_base,
+            rounded_to=config.rope_periods,
+            dtype=at_least_float32(self.cls_token.dtype),
+        )
+
     def interpolated_pos_embed(self, height: int, width: int) -> Float[Array, "1 positions dim"]:
-        """The position embedding of images of `height` × `width` pixels, class entry first."""
+        """The position embedding of images of `height` × `width` pixels, class entry first.
+
+        Raises:
+            ValueError: the model has no position table (DINOv3), see `rotation`.
+        """
+        if self.pos_embed is None:
+            raise ValueError("a DINOv3 model has no position table: it rotates queries and keys, see model.rotation")
         rows, columns = height // self.config.patch_size, width // self.config.patch_size
         pos_embed = self.pos_embed[...]
         if rows * columns == self.config.num_patches and height == width:
@@ -269,7 +223,8 @@ class VisionTransformer(Module):
             x = jnp.where(masks[..., None], self.mask_token[...].astype(x.dtype), x)
         batch, _, dim = x.shape
         x = jnp.concatenate([jnp.broadcast_to(self.cls_token[...], (batch, 1, dim)), x], axis=1)
-        x = x + self.interpolated_pos_embed(*images.shape[1:3])
+        if self.pos_embed is not None:
+            x = x + self.interpolated_pos_embed(*images.shape[1:3])
         if self.register_tokens is None:
             return x
         registers = jnp.broadcast_to(self.register_tokens[...], (batch, self.config.num_register_tokens, dim))
@@ -289,12 +244,16 @@ class VisionTransformer(Module):
 
 
 def default_preprocessing(config: ViTConfig) -> Preprocessing:
-    """ImageNet's mean and deviation, and the size of the position table, at most 224 px; for RGB images."""
+    """ImageNet's mean and deviation, and the size of the position table, at most 224 px; for RGB images.
+
+    DINOv3's images are resized bilinearly, as `transformers` does (`image_processing_dinov3_vit.py`).
+    """
     size, patch = min(config.img_size, _LARGEST_DEFAULT), config.patch_size
+    filtered = "bilinear" if config.family == "dinov3" else "bicubic"
     if config.in_chans == 3:
-        return Preprocessing(image_size=size, patch_size=patch)
+        return Preprocessing(image_size=size, patch_size=patch, interpolation=filtered)
     zeros, ones = (0.0,) * config.in_chans, (1.0,) * config.in_chans
-    return Preprocessing(mean=zeros, std=ones, image_size=size, patch_size=patch)
+    return Preprocessing(mean=zeros, std=ones, image_size=size, patch_size=patch, interpolation=filtered)
 
 
 def _raise_unless_images(images: _Batch, config: ViTConfig) -> None:
@@ -321,18 +280,6 @@ def _raise_unless_images(images: _Batch, config: ViTConfig) -> None:
             f"images of {height}×{width} px are not a multiple of the patch size {patch}; resize them, "
             f"for example to {round(height / patch) * patch}×{round(width / patch) * patch}"
         )
-
-
-def _raise_if_damaged(config: ViTConfig) -> None:
-    """Refuses values of other types, and numbers that no model comes near."""
-    for name, (least, most) in (_WHOLE | _REAL).items():
-        value, kinds = getattr(config, name), int if name in _WHOLE else int | float
-        holds = isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most
-        wanted = f"a {'whole ' if name in _WHOLE else ''}number from {least} to {most}"
-        require(holds or (name == "init_values" and value is None), name, value, wanted)
-    for name in ("qkv_bias", "interpolate_antialias", "drop_path_uniform"):
-        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
-    require(config.family in (None, "dino", "dinov2"), "family", config.family, "'dino', 'dinov2' or None")
 
 
 def _drop_path_rates(config: ViTConfig) -> list[float]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from dinojax.models.vit import ViTConfig
+from dinojax.models.config import ViTConfig
 from dinojax.pretraining.augment import MultiCropConfig
 from experiments.pretraining.objective import MethodSettings, StartSettings
 from experiments.runs.settings import (

@@ -249,7 +249,7 @@ class Run:
     def _record(self, window: Window, collapse: str | None) -> dict[str, Any]:
         """What a checkpoint keeps beside the state; with `network`, other commands read the networks in it."""
         network = {
-            "config": dataclasses.asdict(vit_config(self.config)),
+            "config": vit_config(self.config).settings(),
             "preprocessing": dataclasses.asdict(preprocessing(self.config)),
             "source": self._source,
         }

@@ -50,8 +50,15 @@ def load_start(config: PretrainConfig) -> tuple[PretrainConfig, VisionTransforme
 
 
 def with_position_table(model: VisionTransformer, img_size: int) -> VisionTransformer:
-    """A copy whose position table is resized to images of `img_size` px, as the model would resize it in every step."""
+    """A copy whose position table is resized to images of `img_size` px, as the model would resize it in every step.
+
+    A DINOv3 has no table, and takes images of any size as it is.
+    """
     config = dataclasses.replace(model.config, img_size=img_size)
+    if model.pos_embed is None:
+        copied = nnx.clone(model)
+        copied.config = config
+        return copied
     side = img_size // config.patch_size
     table = interpolate_pos_embed(
         model.pos_embed[...], side, side, antialias=config.interpolate_antialias, offset=config.interpolate_offset
@@ -66,7 +73,7 @@ def _crops(config: PretrainConfig, model: VisionTransformer) -> MultiCropConfig:
     """The crops with the statistics that the weights expect, in whole patches where the model needs them."""
     crops, patch = config.crops, model.config.patch_size
     sizes = {"global_size": config.start.stage or crops.global_size, "local_size": crops.local_size}
-    if model.config.family == "dinov2":
+    if model.config.family != "dino":
         whole = {name: max(1, round(size / patch)) * patch for name, size in sizes.items()}
         changed = [f"{sizes[name]} px become {whole[name]} px" for name in sizes if sizes[name] != whole[name]]
         if changed:

@@ -129,7 +129,7 @@ class Evaluator:
         return {
             "fingerprint": self._extractors[name].fingerprint,
             "untrained": name == UNTRAINED or self.untrained,
-            "architecture": dataclasses.asdict(backbone.model.config),
+            "architecture": backbone.model.config.settings(),
             "normalisation": backbone.normalisation,
         }
 

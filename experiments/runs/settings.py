@@ -171,8 +171,14 @@ def flat(config: Any) -> dict[str, Any]:
         if group_of(type(config), field.name):
             found |= flat(value)
         else:
-            found[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            found[field.name] = _plain(value)
     return found
+
+
+def _plain(value: Any) -> Any:
+    if callable(own := getattr(value, "settings", None)):  # a ViTConfig
+        return own()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def defaults(kind: type) -> dict[str, Any]:

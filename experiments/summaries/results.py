@@ -12,8 +12,8 @@ from flax import nnx
 
 from dinojax.documents import sha256_of_file
 from dinojax.errors import UserError
+from dinojax.models.config import ViTConfig
 from dinojax.models.files import CONFIG_FILE, WEIGHTS_FILE, abstract_model
-from dinojax.models.vit import ViTConfig
 from experiments.pretraining.config import PretrainConfig
 from experiments.probing.config import REPORTED, ClassifierConfig
 from experiments.probing.fitting import selected_on

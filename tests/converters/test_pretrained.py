@@ -56,7 +56,7 @@ def files_in(folder: Path) -> set[str]:
 
 
 def test_every_published_model_has_a_source_and_nothing_else():
-    assert set(SOURCES) == {name for name in VARIANTS if "vitt" not in name}
+    assert set(SOURCES) == {name for name in VARIANTS if "vitt" not in name and not name.startswith("dinov3")}
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,13 @@ TOLERANCES = {
     ("dinov2", "float32"): {"pos_embed": 5e-6, "attention": 5e-6, "features": 3e-5},
     ("dino", "float64"): {"pos_embed": 2e-7, "attention": 1e-7, "features": 1e-6},
     ("dinov2", "float64"): {"pos_embed": 3e-6, "attention": 1e-6, "features": 6e-6},
+    # The factors of the rotation count as positions. Their coordinates and periods may have been float32.
+    ("dinov3", "float32"): {"pos_embed": 5e-6, "attention": 5e-6, "features": 3e-5},
+    ("dinov3", "float64"): {"pos_embed": 3e-6, "attention": 1e-6, "features": 6e-6},
 }
 
 
-STAGES = ("pos_embed", "prepare_tokens", "block_", "x_prenorm", "x_norm", "cls", "intermediate", "last_")
+STAGES = ("pos_embed", "rope_", "prepare_tokens", "block_", "x_prenorm", "x_", "cls", "intermediate", "last_", "pooler")
 
 
 def load(reference: Reference, dtype: type) -> VisionTransformer:
@@ -29,16 +32,24 @@ def load(reference: Reference, dtype: type) -> VisionTransformer:
 
 def outputs(model: VisionTransformer, images: jax.Array, masks: jax.Array | None, wanted: list[str]) -> dict:
     """Everything a reference file may hold for one input, under its names there."""
-    found = {"pos_embed": model.interpolated_pos_embed(*images.shape[1:3])}
+    found, rotation = {}, model.rotation(*images.shape[1:3])
+    if rotation is None:
+        found["pos_embed"] = model.interpolated_pos_embed(*images.shape[1:3])
+    else:
+        first_patch = 1 + model.config.num_register_tokens
+        first, second = jnp.split(rotation.sin[first_patch:], 2, axis=-1)
+        found["rope_cos"], found["rope_sin"] = rotation.cos[first_patch:], jnp.concatenate([-first, second], axis=-1)
     x = model._embed(images, masks)
     found["prepare_tokens"] = x
     for index, block in enumerate(model.blocks):
-        x = block(x)
+        x = block(x, rotation)
         found[f"block_{index}"] = x
     features = model(images, masks)
-    found["cls"] = found["x_norm_clstoken"] = features.cls_token
-    found["x_norm_regtokens"] = features.register_tokens
+    found["cls"] = found["x_norm_clstoken"] = found["pooler_output"] = features.cls_token
+    found["x_norm_regtokens"] = found["x_storage_tokens"] = features.register_tokens
     found["x_norm_patchtokens"] = features.patch_tokens
+    every = (features.cls_token[:, None], features.register_tokens, features.patch_tokens)
+    found["last_hidden_state"] = jnp.concatenate(every, axis=1)
     found["x_prenorm"] = features.prenorm
     layers = len({name.split("/")[0] for name in wanted if name.startswith("intermediate_")})
     if layers:
@@ -69,7 +80,9 @@ def deviations(model: VisionTransformer, reference: Reference, group: str) -> di
 
 
 def kind(name: str) -> str:
-    return "pos_embed" if name == "pos_embed" else "attention" if "attention" in name else "features"
+    return (
+        "pos_embed" if name.startswith(("pos_embed", "rope_")) else "attention" if "attention" in name else "features"
+    )
 
 
 def too_large(found: dict[str, float], family: str, dtype: str = "float32") -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dinojax import ViTConfig
+from tests.support.dinov3_settings import dinov3_config
 
 BUNDLED = Path(__file__).parents[1] / "reference"
 FOLDER = Path(os.environ.get("DINOJAX_REFERENCE_DIR", BUNDLED))
@@ -34,6 +35,8 @@ class Reference:
     def vit_config(self) -> ViTConfig:
         """The backbone's settings as ours."""
         settings = dict(self.config["model"])
+        if "pos_embed" not in self.group("state"):
+            return dinov3_config(settings, self.arrays.get("state/rope_embed.periods"))
         settings.pop("block_chunks", None)  # a matter of names alone
         if isinstance(settings["img_size"], list):  # DINO takes a list and reads its first entry
             settings["img_size"] = settings["img_size"][0]
