@@ -63,17 +63,18 @@ class MultiCropConfig:
     """Mean of red, green and blue that normalisation subtracts, on a scale of 0 to 1."""
     std: Triple = (0.229, 0.224, 0.225)
     """Standard deviation of red, green and blue that normalisation divides by, on a scale of 0 to 1."""
-    mode: Mode = "v1"
-    """Kind of blur: v1 is Pillow's; v2_paper has a 9-pixel kernel; v2_as_released has it too, and blurs with one minus
-    each probability, as DINOv2's released code does."""
+    mode: Mode | None = None
+    """Kind of blur: v1 is DINO's, which is Pillow's; v2_paper is DINOv2's, with a 9-pixel kernel; v2_as_released has it
+    too, and blurs with one minus each probability, as DINOv2's released code does. None takes v2_paper in a training by
+    --method dinov2, and v1 otherwise."""
 
     def __post_init__(self):
         modes = get_args(Mode)
-        require(self.mode in modes, "mode", self.mode, "one of " + ", ".join(modes))
+        require(self.mode in (None, *modes), "mode", self.mode, "one of " + ", ".join(modes))
         for name in ("global_size", "local_size", "global_crops"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(self.local_crops >= 0, "local_crops", self.local_crops, "0 or more")
-        if self.mode != "v1":
+        if self.mode not in (None, "v1"):
             size = min(self.global_size, self.local_size if self.local_crops else self.global_size)
             require(size > _KERNEL_SIZE // 2, "crop size", size, f"5 or more for the blur of mode {self.mode}")
         for name in ("global_scale", "local_scale"):
@@ -239,13 +240,22 @@ def apply_views(
     x = ops.crop_resize(planes, views.box, size, views.flip)
     x = where(views.jitter, ops.color_jitter(x, views.factors, views.order), x)
     x = where(views.grayscale, ops.grayscale(x), x)
-    if config.mode == "v1":
-        blurred = ops.box_gaussian_blur(x, views.radius, config.blur_radius[1])
-    else:
-        blurred = ops.kernel_gaussian_blur(x, views.radius, _KERNEL_SIZE)
-    x = where(views.blur, blurred, x)
+    if _blurs(config):
+        x = where(views.blur, _blurred(x, views.radius, config), x)
     x = where(views.solarize, ops.solarize(x), x)
     return ops.normalize(x, config.mean, config.std)
+
+
+def _blurs(config: MultiCropConfig) -> bool:
+    """Whether any view may be blurred: without a chance of it, no time is spent on it."""
+    crops = range(config.global_crops + config.local_crops)
+    return any(view_chances(crop, config)[3] > 0 for crop in crops)
+
+
+def _blurred(planes: Array, radius: Array, config: MultiCropConfig) -> Array:
+    if config.mode in (None, "v1"):
+        return ops.box_gaussian_blur(planes, radius, config.blur_radius[1])
+    return ops.kernel_gaussian_blur(planes, radius, _KERNEL_SIZE)
 
 
 def multi_crop(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from dinojax.parallel import merge
 from dinojax.precision import at_least_float32
 
 
@@ -138,6 +139,23 @@ def koleo_loss(features: Float[Array, "images dim"]) -> Float[Array, ""]:
     neighbours = jnp.argmax(jnp.where(jnp.eye(images, dtype=bool), -jnp.inf, similarity), axis=1)
     distances = jnp.linalg.norm(unit - unit[neighbours] + 1e-8, axis=-1)
     return -jnp.mean(jnp.log(distances + 1e-8))
+
+
+def koleo_loss_in_groups(features: Float[Array, "crops images dim"], group: int | None = None) -> Float[Array, ""]:
+    """KoLeo of each crop, averaged over groups of neighbouring images, summed over crops.
+
+    Args:
+        features: of several crops of each image.
+        group: number of images among which neighbours are looked for; None takes all.
+
+    Raises:
+        ValueError: `group` does not divide the number of images.
+    """
+    crops, images, dim = features.shape
+    group = images if group is None else group
+    if images % group:
+        raise ValueError(f"koleo_group={group} does not divide the {images} images of a part")
+    return crops * jnp.mean(jax.vmap(koleo_loss)(merge(features.reshape(crops, -1, group, dim), keep=2)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -20,10 +20,17 @@ from dinojax.models.layers import Module
 from dinojax.models.vit import VisionTransformer
 from dinojax.parallel import by_rows, device_count, merge, merged_order, rounded_up, unmerge
 from dinojax.precision import at_least_float32
+from dinojax.pretraining.dinov2_chunks import (
+    PrototypeTargets,
+    RowTargets,
+    class_token_losses_in_chunks,
+    ibot_loss_in_chunks,
+    targets_in_chunks,
+)
 from dinojax.pretraining.dinov2_losses import (
     class_token_losses,
     ibot_loss,
-    koleo_loss,
+    koleo_loss_in_groups,
     sinkhorn_knopp,
     updated_patch_center,
 )
@@ -45,6 +52,7 @@ from dinojax.pretraining.step import (
 )
 
 Masks = Bool[Array, "_crops batch _patches"]
+Prototypes = tuple[PrototypeTargets, PrototypeTargets]  # of class tokens and of masked patches
 
 
 class DINOv2(Module):
@@ -83,11 +91,16 @@ class DINOv2(Module):
     ) -> tuple[Float[Array, "*rows prototypes"], Float[Array, "*masked patch_prototypes"]]:
         """Logits of class tokens and of patch tokens; a shared head takes all together."""
         if self.ibot_head is not None or device_count() > 1:  # on a mesh, together they would have to move
-            patch_head = self.dino_head if self.ibot_head is None else self.ibot_head
-            return by_rows(self.dino_head, class_tokens), by_rows(patch_head, patch_tokens)
+            head, patch_head = self.heads
+            return by_rows(head, class_tokens), by_rows(patch_head, patch_tokens)
         flat = [x.reshape(-1, x.shape[-1]) for x in (class_tokens, patch_tokens)]
         of_classes, of_patches = jnp.split(self.dino_head(jnp.concatenate(flat)), [len(flat[0])])
         return of_classes.reshape(*class_tokens.shape[:-1], -1), of_patches.reshape(*patch_tokens.shape[:-1], -1)
+
+    @property
+    def heads(self) -> tuple[DINOHead, DINOHead]:
+        """The head of class tokens and that of masked patches, which may be the same."""
+        return self.dino_head, self.dino_head if self.ibot_head is None else self.ibot_head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,15 +147,15 @@ class Teacher(NamedTuple):
     """What the teacher says about a batch; every array may have an axis "parts" in front."""
 
     class_tokens: Float[Array, "2 batch dim"]
-    class_targets: Float[Array, "2 batch prototypes"]
-    patch_targets: Float[Array, "masked patch_prototypes"]
+    class_targets: Float[Array, "2 batch prototypes"] | RowTargets
+    patch_targets: Float[Array, "masked patch_prototypes"] | RowTargets
+    """`RowTargets` where prototypes are computed in chunks."""
     masked: MaskedPatches
 
 
 def init_dinov2_state(model: DINOv2, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; the teacher starts as a copy of the student."""
-    patch_head = model.dino_head if model.ibot_head is None else model.ibot_head
-    return new_state(model, optimizer, Centers(first_center(model.dino_head), first_center(patch_head)))
+    return new_state(model, optimizer, Centers(*(first_center(head) for head in model.heads)))
 
 
 def make_dinov2_train_step(
@@ -156,6 +169,7 @@ def make_dinov2_train_step(
     compute_dtype: DTypeLike | None = None,
     accumulation_steps: int = 1,
     remat: bool = False,
+    prototype_chunk: int | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns `train_step(state, crops, masks, key) -> (state, metrics)`, pure, to be jitted by the caller.
 
@@ -183,6 +197,8 @@ def make_dinov2_train_step(
             keep theirs.
         accumulation_steps: number of equal parts into which the batch is split.
         remat: keep only the input of each block, and compute its activations again for the gradient.
+        prototype_chunk: number of prototypes whose logits are computed together, in each head; None computes all at
+            once. In chunks they are computed again for the gradient, and in each iteration of Sinkhorn-Knopp.
 
     The metrics are scalars. loss is what is minimised; class_loss_local, class_loss_global, koleo_loss and patch_loss
     are its terms before their weights, in nats. class_cross_entropy and patch_cross_entropy are means over pairs of
@@ -191,7 +207,8 @@ def make_dinov2_train_step(
     tokens of the first global crop. gradient_norm_NAME is that of each sub-module before clipping.
 
     Raises:
-        ValueError: when the step is traced, if `accumulation_steps` does not divide the batch or `koleo_group` a part.
+        ValueError: when the step is traced, if `accumulation_steps` does not divide the batch, `koleo_group` a part, or
+            `prototype_chunk` the prototypes of a head.
     """
     network = make_network(model, compute_dtype)
     student_loss = _make_student_loss(network, objective, remat=remat)
@@ -201,12 +218,15 @@ def make_dinov2_train_step(
     ) -> tuple[TrainState, Metrics]:
         parts = split_batch([*crops, masks], accumulation_steps)
         temperature = jnp.asarray(teacher_temp(state.step), at_least_float32(state.center.classes.dtype))
-        teacher, centers = _ask_teacher(
-            network(state.teacher), parts[0], parts[-1], state.center, temperature, most_masked, objective
-        )
+        question = (network(state.teacher), parts[0], parts[-1], state.center, temperature, most_masked, objective)
+        if prototype_chunk is None:
+            prototypes, (teacher, centers) = None, _ask_teacher(*question)
+        else:
+            teacher, centers, prototypes = _ask_teacher_in_chunks(*question, prototype_chunk)
 
         def share_of(part: tuple[list[Array], Teacher], key: Array | None) -> PyTree:
-            (_, terms), gradients = jax.value_and_grad(student_loss, has_aux=True)(state.student, *part, key)
+            gradients_of = jax.value_and_grad(student_loss, has_aux=True)
+            (_, terms), gradients = gradients_of(state.student, *part, key, prototypes)
             return jax.tree.map(lambda x: x / accumulation_steps, (gradients, terms))
 
         if accumulation_steps == 1:
@@ -248,16 +268,7 @@ def _ask_teacher(
     objective: DINOv2Objective,
 ) -> tuple[Teacher, Centers]:
     """The teacher's targets for the global crops "parts 2 images …", and the centers for the next step."""
-
-    def of_part(part: tuple[Array, Array]) -> tuple[Array, Array, MaskedPatches]:
-        class_tokens, patch_tokens = teacher.tokens(part[0])
-        masked = masked_patches(merge(part[1], keep=1), rounded_up(most_masked))
-        return class_tokens, gather_patches(merge(patch_tokens, keep=2), masked), masked
-
-    if len(crops) == 1:
-        tokens, patches, masked = jax.tree.map(lambda x: x[None], of_part((crops[0], masks[0])))
-    else:
-        tokens, patches, masked = jax.lax.map(of_part, (crops, masks))
+    tokens, patches, masked = _teacher_tokens(teacher, crops, masks, most_masked)
     logits, patch_logits = teacher.logits(tokens, patches)
     if objective.centering == "centering":
         targets = teacher_probs(logits, centers.classes, temperature)
@@ -273,6 +284,39 @@ def _ask_teacher(
     return Teacher(tokens, targets, patch_targets, masked), centers
 
 
+def _ask_teacher_in_chunks(
+    teacher: DINOv2,
+    crops: Array,
+    masks: Array,
+    centers: Centers,
+    temperature: Array,
+    most_masked: int,
+    objective: DINOv2Objective,
+    chunk: int,
+) -> tuple[Teacher, Centers, Prototypes]:
+    """`_ask_teacher` without an array of all logits."""
+    tokens, patches, masked = _teacher_tokens(teacher, crops, masks, most_masked)
+    questions = zip(teacher.heads, (tokens, patches), (jnp.ones(tokens.shape[:-1], bool), masked.valid), centers)
+    ways = {"centering": objective.centering, "center_momentum": objective.center_momentum, "chunk": chunk}
+    rows, prototypes, new = zip(*(targets_in_chunks(*question, temperature, **ways) for question in questions))
+    return Teacher(tokens, *rows, masked), Centers(*new), prototypes
+
+
+def _teacher_tokens(
+    teacher: DINOv2, crops: Array, masks: Array, most_masked: int
+) -> tuple[Array, Array, MaskedPatches]:
+    """The teacher's class tokens and masked patches, part by part."""
+
+    def of_part(part: tuple[Array, Array]) -> tuple[Array, Array, MaskedPatches]:
+        class_tokens, patch_tokens = teacher.tokens(part[0])
+        masked = masked_patches(merge(part[1], keep=1), rounded_up(most_masked))
+        return class_tokens, gather_patches(merge(patch_tokens, keep=2), masked), masked
+
+    if len(crops) == 1:
+        return jax.tree.map(lambda x: x[None], of_part((crops[0], masks[0])))
+    return jax.lax.map(of_part, (crops, masks))
+
+
 def _balanced(logits: Array, temperature: Array, valid: Array | None) -> Array:
     return unmerge(sinkhorn_knopp(merge(logits, keep=1), temperature, valid), logits.shape[:-1])
 
@@ -283,19 +327,16 @@ def _make_student_loss(
     """Returns `student_loss(student, crops and masks, teacher, key)`: the loss of a part, and its terms."""
 
     def student_loss(
-        student: PyTree, part: list[Array], teacher: Teacher, key: Array | None
+        student: PyTree, part: list[Array], teacher: Teacher, key: Array | None, prototypes: Prototypes | None = None
     ) -> tuple[Array, dict[str, Array]]:
         (global_crops, *local_crops, masks), net = part, network(student)
         keys = [None] * len(part) if key is None else list(jax.random.split(key, len(part)))
         tokens, patches = net.tokens(global_crops, masks, key=keys[0], remat=remat)
         others = [net.tokens(crops, key=own, remat=remat)[0] for crops, own in zip(local_crops, keys[1:])]
-        masked = gather_patches(merge(patches, keep=2), teacher.masked)
-        logits, patch_logits = net.logits(jnp.concatenate([tokens, *others]), masked)
-        temperature, views = objective.student_temp, len(tokens)
-        local_loss, global_loss = class_token_losses(logits[views:], logits[:views], teacher.class_targets, temperature)
-        images = masks.shape[0] * masks.shape[1]
-        patch_loss = ibot_loss(patch_logits, teacher.patch_targets, teacher.masked.weight, images, temperature)
-        koleo = _koleo(tokens, objective.koleo_group) if objective.koleo_loss_weight else jnp.zeros([])
+        images, temperature = masks.shape[0] * masks.shape[1], objective.student_temp
+        outputs = jnp.concatenate([tokens, *others]), gather_patches(merge(patches, keep=2), teacher.masked)
+        local_loss, global_loss, patch_loss = _cross_entropies(net, *outputs, teacher, images, temperature, prototypes)
+        koleo = koleo_loss_in_groups(tokens, objective.koleo_group) if objective.koleo_loss_weight else jnp.zeros([])
         loss = objective.dino_loss_weight * (local_loss + global_loss)
         loss = loss + objective.koleo_loss_weight * koleo + objective.ibot_loss_weight * patch_loss
         return loss, {
@@ -309,14 +350,25 @@ def _make_student_loss(
     return student_loss
 
 
-def _koleo(tokens: Float[Array, "crops images dim"], group: int | None) -> Float[Array, ""]:
-    """KoLeo of each crop, averaged over groups of images, summed over crops."""
-    crops, images, dim = tokens.shape
-    group = images if group is None else group
-    if images % group:
-        raise ValueError(f"koleo_group={group} does not divide the {images} images of a part")
-    losses = jax.vmap(koleo_loss)(merge(tokens.reshape(crops, -1, group, dim), keep=2))
-    return crops * jnp.mean(losses)
+def _cross_entropies(
+    student: DINOv2,
+    class_tokens: Array,
+    patches: Array,
+    teacher: Teacher,
+    images: int,
+    temperature: float,
+    prototypes: Prototypes | None,
+) -> tuple[Array, Array, Array]:
+    """The losses of local crops, of global crops and of masked patches; with the teacher's prototypes, in chunks."""
+    weight = teacher.masked.weight
+    if prototypes is not None:
+        (head, patch_head), (of_classes, of_patches) = student.heads, prototypes
+        losses = class_token_losses_in_chunks(head, class_tokens, teacher.class_targets, of_classes, temperature)
+        patch_targets = teacher.patch_targets, of_patches
+        return *losses, ibot_loss_in_chunks(patch_head, patches, *patch_targets, weight, images, temperature)
+    logits, patch_logits = student.logits(class_tokens, patches)
+    losses = class_token_losses(logits[2:], logits[:2], teacher.class_targets, temperature)
+    return *losses, ibot_loss(patch_logits, teacher.patch_targets, weight, images, temperature)
 
 
 def _metrics(terms: dict[str, Array], teacher: Teacher, masks: Array, *, local_crops: int) -> Metrics:
@@ -324,7 +376,8 @@ def _metrics(terms: dict[str, Array], teacher: Teacher, masks: Array, *, local_c
     pairs, divisor = 2 * local_crops + 2, max(2 * local_crops, 1) + 2
     masked_images = jnp.maximum(jnp.sum(jnp.any(masks, axis=-1)), 1)
     entropies = [
-        jnp.sum(jax.scipy.special.entr(targets), axis=-1) for targets in (teacher.class_targets, teacher.patch_targets)
+        targets.entropy if isinstance(targets, RowTargets) else jnp.sum(jax.scipy.special.entr(targets), axis=-1)
+        for targets in (teacher.class_targets, teacher.patch_targets)
     ]
     valid = teacher.masked.valid
     return terms | {

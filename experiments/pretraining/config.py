@@ -241,10 +241,9 @@ class PretrainConfig:
         require(crops.global_size >= 2 * patch, "crops.global_size", crops.global_size, f"two patches of {patch} px")
         part = self.training.batch_size // self.compute.accumulation_steps
         require(part > 1 or objective.koleo_weight == 0, "batch_size", part, "2 or more in each part, for KoLeo")
-        chunk = self.compute.prototype_chunk
-        require(
-            chunk is None, "prototype_chunk", chunk, "possible with --method dinov2: only masked patches have logits"
-        )
+        chunk, prototypes = self.compute.prototype_chunk, objective.patch_prototypes
+        whole = not chunk or not prototypes or prototypes % chunk == 0
+        require(whole, "prototype_chunk", chunk, f"a divisor of the {prototypes} --patch-prototypes too")
 
 
 @dataclasses.dataclass(frozen=True)

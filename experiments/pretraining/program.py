@@ -189,6 +189,7 @@ def _common(config: PretrainConfig, schedules: dict[str, Schedule]) -> dict[str,
         "compute_dtype": compute_dtype(config),
         "accumulation_steps": config.compute.accumulation_steps,
         "remat": config.compute.remat,
+        "prototype_chunk": config.compute.prototype_chunk,
     }
 
 
@@ -206,7 +207,6 @@ def _dino_step(
         student_temp=config.distillation.student_temp,
         center_momentum=config.distillation.center_momentum,
         clip_norm=config.training.clip_norm,
-        prototype_chunk=config.compute.prototype_chunk,
     )
 
 

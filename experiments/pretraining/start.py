@@ -15,12 +15,14 @@ from experiments.runs.settings import replace, require
 
 
 def load_start(config: PretrainConfig) -> tuple[PretrainConfig, VisionTransformer | None]:
-    """The settings completed by the weights of `--init`, and the backbone with these weights; None without `--init`.
+    """The settings completed by the method and by the weights of `--init`, and the backbone with these weights.
+
+    Without `--init`, the backbone is None.
 
     Raises:
         UserError: weights that cannot be used, or not by this method, or a stage of part of a patch.
     """
-    start = config.start
+    start, config = config.start, _with_kind_of_blur(config)
     if start.init is None:
         return config, None
     model = load_backbone(start.init, seed=config.run.seed, cache_dir=config.run.cache_dir).model
@@ -47,6 +49,14 @@ def load_start(config: PretrainConfig) -> tuple[PretrainConfig, VisionTransforme
         init_fingerprint=weights,
     )
     return completed, model
+
+
+def _with_kind_of_blur(config: PretrainConfig) -> PretrainConfig:
+    """The settings with the kind of blur of their method, unless one is named."""
+    if config.crops.mode is not None:
+        return config
+    mode = "v1" if config.objective.method == "dino" else "v2_paper"
+    return dataclasses.replace(config, crops=dataclasses.replace(config.crops, mode=mode))
 
 
 def with_position_table(model: VisionTransformer, img_size: int) -> VisionTransformer:

@@ -209,19 +209,23 @@ def _limited(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def kill_trainings(times: int, seed: int = 0) -> collections.Counter[str]:
-    """A small training killed at random moments, and started twice at once, beside one that was left alone."""
+def kill_trainings(times: int, seed: int = 0, method: str = "dino") -> collections.Counter[str]:
+    """A small training killed at random moments, and started twice at once, beside one that was left alone.
+
+    What must be the same: every number of the log, among them the share of masked patches of each step, and every array
+    of the last checkpoint, among them both centers of DINOv2, and the networks.
+    """
     rng, outcomes = random.Random(seed), collections.Counter()
     with tempfile.TemporaryDirectory() as place:
-        _start(Path(place, "whole")).wait()
+        _start(Path(place, "whole"), method).wait()
         expected = _hashes(Path(place, "whole"))
         for number in range(times):
             folder = Path(place, str(number))
-            killed = _start(folder)
+            killed = _start(folder, method)
             while not (folder / "metrics.jsonl").exists() and killed.poll() is None:
                 time.sleep(0.01)
             killed.send_signal(signal.SIGSTOP)  # or it may have ended before the second has started
-            second = _start(folder)
+            second = _start(folder, method)
             said = second.communicate()[0]
             refused = second.returncode == 2 and "is in use by process" in said
             outcomes["second starts refused" if refused else f"SECOND START: {said[-200:]}"] += 1
@@ -229,35 +233,41 @@ def kill_trainings(times: int, seed: int = 0) -> collections.Counter[str]:
             time.sleep(rng.uniform(0, 2))
             killed.send_signal(signal.SIGKILL)
             killed.wait()
-            ended = _start(folder)
+            ended = _start(folder, method)
             ended.communicate()
             same = ended.returncode == 0 and _hashes(folder) == expected
             outcomes["resumed to the same bits" if same else "RESUMED TO OTHER BITS"] += 1
     return outcomes
 
 
-def _start(folder: Path) -> subprocess.Popen:
+def _start(folder: Path, method: str) -> subprocess.Popen:
     flags = {
         "data": "digits", "max-train": 320, "max-test": 100, "batch-size": 64, "epochs": 8, "patch-size": 4,
         "embed-dim": 16, "depth": 1, "num-heads": 2, "prototypes": 16, "head-hidden-dim": 16, "bottleneck-dim": 8,
         "warmup-epochs": 1, "knn-every": 4, "log-every": 2, "checkpoint-minutes": 1e-6, "crops.global-size": 12,
         "crops.local-size": 8, "crops.local-crops": 1, "out": folder, "cache-dir": folder.parent / "cache",
+        "method": method, "centering": "centering", "patch-prototypes": 8,  # of DINOv2: two centers that move
     }  # fmt: skip
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "experiments.pretrain", "smoke", "--no-evaluate", *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _hashes(folder: Path) -> list[bytes]:
-    losses = [record["loss"] for record in read_log(folder) if "loss" in record]
-    return [(folder / name / "model.safetensors").read_bytes() for name in ("teacher", "student")] + losses
+def _hashes(folder: Path) -> list[Any]:
+    """Networks, log without times, and the hash of every array of the last checkpoint."""
+    log = [{name: value for name, value in one.items() if "seconds" not in name} for one in read_log(folder)]
+    networks = [(folder / name / "model.safetensors").read_bytes() for name in ("teacher", "student")]
+    with TrainingCheckpoints(folder / "checkpoints") as checkpoints:
+        manifest = checkpoints._manifest(max(checkpoints.steps))
+    return [*networks, log, {name: leaf["sha256"] for name, leaf in manifest["leaves"].items()}]
 
 
 def main() -> None:
     """Runs the campaign and prints a line for each kind; exit code 1 where something was not sound."""
     parser = argparse.ArgumentParser(prog="python -m tests.support.faults", description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", type=int, default=12_000, help="number of damaged files over all kinds")
-    parser.add_argument("--kills", type=int, default=10, help="number of killed trainings")
+    parser.add_argument("--kills", type=int, default=10, help="number of killed trainings of each method")
+    parser.add_argument("--methods", nargs="*", default=["dino", "dinov2"], help="methods of the killed trainings")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
@@ -269,10 +279,11 @@ def main() -> None:
         failed |= not found.keys() <= _SOUND
         shown = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(found.items()))
         print(f"{name:22}{time.monotonic() - started:8.1f} s  {shown}", flush=True)
-    if options.kills:
-        found = kill_trainings(options.kills, options.seed)
+    for method in options.methods if options.kills else ():
+        found = kill_trainings(options.kills, options.seed, method)
         failed |= any(outcome[0].isupper() for outcome in found)
-        print("killed trainings       " + ", ".join(f"{count} {outcome}" for outcome, count in found.items()))
+        shown = ", ".join(f"{count} {outcome}" for outcome, count in found.items())
+        print(f"{f'killed {method} trainings':34}  {shown}", flush=True)
     sys.exit(int(failed))
 
 

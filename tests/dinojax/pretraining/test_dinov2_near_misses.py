@@ -158,8 +158,8 @@ def in_step(name, wrapper):
 
 
 OBJECTIVE = {
-    "KoLeo mean over the two crops": (CENTERING, in_step("_koleo", koleo_mean)),
-    "KoLeo over all tokens together": (CENTERING, in_step("_koleo", koleo_over_all)),
+    "KoLeo mean over the two crops": (CENTERING, in_step("koleo_loss_in_groups", koleo_mean)),
+    "KoLeo over all tokens together": (CENTERING, in_step("koleo_loss_in_groups", koleo_over_all)),
     "logged total optimised": (CENTERING, weights(koleo_loss_weight=0.5, ibot_loss_weight=0.5)),
     "iBOT over images with a mask only": (SINKHORN, in_step("ibot_loss", ibot_over_masked_images)),
     "iBOT plain mean over masked patches": (SINKHORN, in_step("ibot_loss", ibot_plain_mean)),

@@ -1,6 +1,9 @@
 """Block masks have the distribution of the official generator, and the list of masked patches is exact."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import pytest
 from dinojax import UserError
 from dinojax.pretraining import masking as room
 from dinojax.pretraining.masking import BlockMasking, block_masks, gather_patches, masked_patches
+from tests.support.house import ROOT
 from tests.support.reference_files import BUNDLED, names, read
 
 
@@ -216,6 +220,40 @@ def test_masks_follow_the_key_alone():
     with jax.enable_x64(True):
         assert (jitted(jax.random.key(3), TINY, 6) == plain).all()
     assert (jitted(jax.random.key(4), TINY, 6) != plain).any()
+
+
+_ON_FOUR_DEVICES = """
+import sys
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dinojax.pretraining.masking import BlockMasking, block_masks
+
+shards = NamedSharding(jax.make_mesh((4,), ("data",)), PartitionSpec("data"))
+
+
+def draw(key, images):
+    masks = block_masks(key, BlockMasking(rows=5, columns=4), len(images))
+    return jax.lax.with_sharding_constraint(masks, shards) & (images > 0)
+
+
+images = jax.device_put(np.ones((8, 20), np.float32), shards)
+masks = jax.jit(draw)(jax.random.key(3), images)
+assert len({shard.device for shard in masks.addressable_shards}) == 4
+assert all(shard.data.shape == (2, 20) for shard in masks.addressable_shards)
+sys.stdout.buffer.write(np.asarray(masks).tobytes())
+"""
+
+
+def test_masks_of_a_batch_on_four_devices_are_those_on_one():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", _ON_FOUR_DEVICES]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    found = np.frombuffer(done.stdout, bool).reshape(8, 20)
+    assert (found == jitted(jax.random.key(3), TINY, 8)).all() and found.any()
 
 
 @pytest.mark.parametrize("images", [1, 2, 5])

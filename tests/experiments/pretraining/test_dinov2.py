@@ -46,7 +46,10 @@ def parameters(model):
 @pytest.mark.slow  # compiles a step of two heads and runs three times; a DINO run is resumed in each run of the tests
 def test_a_run_of_dinov2_resumes_bit_for_bit_and_logs_every_term(tmp_path):
     """Two centers, masks and drop path follow from the step: a run that was stopped on its way is the same."""
-    whole = settings(tmp_path, out=tmp_path / "whole", centering="centering", patch_prototypes=8)
+    whole = settings(
+        tmp_path, out=tmp_path / "whole", centering="centering", patch_prototypes=8, prototype_chunk=4,
+        dtype="bfloat16", remat=True, accumulation_steps=2, steps_per_dispatch=3,
+    )  # fmt: skip
     pretrain(whole)
     pretrain(replace(whole, out=tmp_path / "parts", minutes=1e-9))
     pretrain(replace(whole, out=tmp_path / "parts"))
@@ -106,6 +109,17 @@ def test_the_position_table_of_a_stage_is_what_the_model_computed_in_every_step(
     np.testing.assert_allclose(resized(images).cls_token, model(images).cls_token, atol=1e-6)
 
 
+@pytest.mark.slow  # compiles a training for images of another size
+def test_a_stage_trains_at_its_own_size_and_ends_in_a_model_of_that_size(weights, tmp_path):
+    pretrain(settings(tmp_path, init=weights[1], stage=20, epochs=1, warmup_epochs=0, learning_rate=0.01))
+    teacher = load(tmp_path / "run" / "teacher")
+    assert teacher.config.img_size == 20 and teacher.pos_embed.shape == (1, 1 + 25, 16)
+    moved = np.asarray(teacher.pos_embed[...]) - np.asarray(with_position_table(weights[0], 20).pos_embed[...])
+    assert moved.any() and np.abs(moved).max() < 0.1  # it starts from the resized table
+    config = json.loads((tmp_path / "run" / "result.json").read_text())["config"]
+    assert config["crops"]["global_size"] == 20 and config["stage"] == 20
+
+
 def test_crops_become_whole_patches_of_the_weights(weights, tmp_path, capsys):
     config = settings(tmp_path, init=weights[1], crops=MultiCropConfig(global_size=18, local_size=9, local_crops=1))
     crops = load_start(config)[0].crops
@@ -113,6 +127,14 @@ def test_crops_become_whole_patches_of_the_weights(weights, tmp_path, capsys):
     assert "crops of 18 px become 16 px and of 9 px become 8 px" in capsys.readouterr().out
     staged = load_start(settings(tmp_path, init=weights[1], stage=20))[0]
     assert staged.crops.global_size == 20 and staged.architecture.img_size == 20
+
+
+@pytest.mark.parametrize(
+    ("method", "named", "kind"), [("dino", None, "v1"), ("dinov2", None, "v2_paper"), ("dinov2", "v1", "v1")]
+)
+def test_the_kind_of_blur_follows_the_method_unless_it_is_named(tmp_path, method, named, kind):
+    crops = MultiCropConfig(global_size=12, local_size=8, mode=named)
+    assert load_start(settings(tmp_path, method=method, crops=crops))[0].crops.mode == kind
 
 
 @pytest.mark.slow  # compiles a training without clipping
@@ -136,7 +158,10 @@ def test_a_loss_of_what_was_learnt_before_is_reported_at_once(weights, tmp_path,
         ({"mask_ratio": (0.5, 1.1)}, "--mask-ratio 0.5 1.1 is not two rising shares from 0 to 1"),
         ({"mask_ratio": (0.5, 0.1)}, "--mask-ratio 0.5 0.1 is not two rising shares"),
         ({"batch_size": 4, "accumulation_steps": 4}, "--batch-size 1 is not 2 or more in each part, for KoLeo"),
-        ({"prototype_chunk": 8}, "--prototype-chunk 8 is not possible with --method dinov2"),
+        (
+            {"prototype_chunk": 8, "patch_prototypes": 12},
+            "--prototype-chunk 8 is not a divisor of the 12 --patch-proto",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(weights, tmp_path, changes, message):
