@@ -4,6 +4,7 @@ Source: facebookresearch/dinov2 b8931f7 `dinov2/train/ssl_meta_arch.py` and `din
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -147,9 +148,10 @@ class Teacher(NamedTuple):
     """What the teacher says about a batch; every array may have an axis "parts" in front."""
 
     class_tokens: Float[Array, "2 batch dim"]
-    class_targets: Float[Array, "2 batch prototypes"] | RowTargets
-    patch_targets: Float[Array, "masked patch_prototypes"] | RowTargets
-    """`RowTargets` where prototypes are computed in chunks."""
+    class_targets: PyTree
+    """An array "2 batch prototypes"; `RowTargets` where prototypes are computed in chunks."""
+    patch_targets: PyTree
+    """An array "masked prototypes"; `RowTargets` where prototypes are computed in chunks."""
     masked: MaskedPatches
 
 
@@ -296,10 +298,18 @@ def _ask_teacher_in_chunks(
 ) -> tuple[Teacher, Centers, Prototypes]:
     """`_ask_teacher` without an array of all logits."""
     tokens, patches, masked = _teacher_tokens(teacher, crops, masks, most_masked)
-    questions = zip(teacher.heads, (tokens, patches), (jnp.ones(tokens.shape[:-1], bool), masked.valid), centers)
-    ways = {"centering": objective.centering, "center_momentum": objective.center_momentum, "chunk": chunk}
-    rows, prototypes, new = zip(*(targets_in_chunks(*question, temperature, **ways) for question in questions))
-    return Teacher(tokens, *rows, masked), Centers(*new), prototypes
+    (head, patch_head), every = teacher.heads, jnp.ones(tokens.shape[:-1], bool)
+    ask = functools.partial(
+        targets_in_chunks,
+        temperature=temperature,
+        centering=objective.centering,
+        center_momentum=objective.center_momentum,
+        chunk=chunk,
+    )
+    rows, prototypes, center = ask(head, tokens, every, centers.classes)
+    patch_rows, patch_prototypes, patch_center = ask(patch_head, patches, masked.valid, centers.patches)
+    answer = Teacher(tokens, rows, patch_rows, masked)
+    return answer, Centers(center, patch_center), (prototypes, patch_prototypes)
 
 
 def _teacher_tokens(
@@ -364,8 +374,8 @@ def _cross_entropies(
     if prototypes is not None:
         (head, patch_head), (of_classes, of_patches) = student.heads, prototypes
         losses = class_token_losses_in_chunks(head, class_tokens, teacher.class_targets, of_classes, temperature)
-        patch_targets = teacher.patch_targets, of_patches
-        return *losses, ibot_loss_in_chunks(patch_head, patches, *patch_targets, weight, images, temperature)
+        theirs = teacher.patch_targets, of_patches
+        return *losses, ibot_loss_in_chunks(patch_head, patches, *theirs, weight, images, temperature)
     logits, patch_logits = student.logits(class_tokens, patches)
     losses = class_token_losses(logits[2:], logits[:2], teacher.class_targets, temperature)
     return *losses, ibot_loss(patch_logits, teacher.patch_targets, weight, images, temperature)
