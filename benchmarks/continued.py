@@ -5,9 +5,9 @@
 Every training starts from `--weights` and takes the recipe `continued` of `experiments.pretrain_folder` with two crops
 of 32 px and two of 16 px, for three epochs; with a warm-up, the heads learn alone in the first of them. This is done at
 two rates: the recipe's own, and a high one with a quicker teacher. k-NN is DINO's, weighted, with 20 neighbours: all
-training images vote, all test images are classified. The intervals are Wilson's, over the test images. Of Tiny-
-ImageNet, every tenth class is taken, with its first 134 training images and all of its validation images. An
-interrupted run is resumed, and a finished one is read, by the same command.
+training images vote, all test images are classified. The intervals are Wilson's, over the test images. Every tenth
+class of Tiny-ImageNet is taken, with its first 134 training images and all of its validation images. An interrupted run
+is resumed, and a finished one is read, by the same command.
 """
 
 import dataclasses
