@@ -6,7 +6,7 @@ Source: facebookresearch/dinov2 b8931f7 `dinov2/train/ssl_meta_arch.py` and `din
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -298,15 +298,10 @@ def _ask_teacher_in_chunks(
 ) -> tuple[Teacher, Centers, Prototypes]:
     """`_ask_teacher` without an array of all logits."""
     tokens, patches, masked = _teacher_tokens(teacher, crops, masks, most_masked)
-    (head, patch_head), every = teacher.heads, jnp.ones(tokens.shape[:-1], bool)
-    ask = functools.partial(
-        targets_in_chunks,
-        temperature=temperature,
-        centering=objective.centering,
-        center_momentum=objective.center_momentum,
-        chunk=chunk,
-    )
-    rows, prototypes, center = ask(head, tokens, every, centers.classes)
+    (head, patch_head), everything = teacher.heads, jnp.ones(tokens.shape[:-1], bool)
+    ways = {"centering": objective.centering, "center_momentum": objective.center_momentum, "chunk": chunk}
+    ask: Callable[..., Any] = functools.partial(targets_in_chunks, temperature=temperature, **ways)
+    rows, prototypes, center = ask(head, tokens, everything, centers.classes)
     patch_rows, patch_prototypes, patch_center = ask(patch_head, patches, masked.valid, centers.patches)
     answer = Teacher(tokens, rows, patch_rows, masked)
     return answer, Centers(center, patch_center), (prototypes, patch_prototypes)

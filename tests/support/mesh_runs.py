@@ -333,6 +333,7 @@ STEPS: list[tuple[str, dict[str, Any], bool]] = [
     ("dinov2", {}, True),
     ("dinov2", {"centering": "sinkhorn_knopp", "shared": True, "koleo_group": 2}, False),
     ("dinov2", {"accumulation_steps": 2, "koleo_group": 4}, False),
+    ("dinov2", {"centering": "sinkhorn_knopp", "prototype_chunk": 128}, False),
 ]
 CHECKS: dict[str, tuple[bool, Callable[[], None]]] = {
     "dino_steps": (True, lambda: check_steps(STEPS[:3])),
