@@ -1,53 +1,19 @@
 """`load_classifier(path)`: a model of `transformers` for image classification, as a backbone and a head."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from converters.huggingface.positions import Positions
 from converters.huggingface.settings import read_settings
 from converters.layouts import classifier_of_checkpoint
 from converters.pretrained import read_file
+from converters.torch_to_flax import fill
 from dinojax.errors import UserError
-from dinojax.models.vit import Features, VisionTransformer
-
-
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """A linear classifier on the features of a backbone.
-
-    Attributes:
-        kernel: weights.
-        bias: of each class.
-        class_names: in the order of the logits.
-        features: what it takes: "cls", the class token; or "cls+mean_patch", the class token and the mean of the patch
-            tokens, one after the other. All are those after the final LayerNorm; registers take no part.
-    """
-
-    kernel: Float[Array | np.ndarray, "inputs classes"]
-    bias: Float[Array | np.ndarray, " classes"]
-    class_names: tuple[str, ...]
-    features: Literal["cls", "cls+mean_patch"]
-
-    def __call__(self, features: Features) -> Float[Array, "batch classes"]:
-        """Logits from the output of the backbone; `jax.nn.softmax` makes probabilities of them."""
-        inputs = features.cls_token
-        if self.features == "cls+mean_patch":
-            inputs = jnp.concatenate([inputs, features.patch_tokens.mean(axis=1)], axis=1)
-        return inputs @ jnp.asarray(self.kernel) + jnp.asarray(self.bias)[None]
-
-
-class Classifier(NamedTuple):
-    """A backbone and the head on it."""
-
-    model: VisionTransformer
-    head: Head
+from dinojax.heads.classifier import Classifier, ClassifierConfig, ClassifierHead
+from dinojax.heads.files import abstract_head
 
 
 def load_classifier(
@@ -55,8 +21,8 @@ def load_classifier(
 ) -> Classifier:
     """Reads Dinov2ForImageClassification, its sibling with registers, or ViTForImageClassification.
 
-        model, head = load_classifier("folder")
-        logits = head(model(dinojax.preprocess(photos, model)))
+        classifier = load_classifier("folder")
+        logits = classifier(dinojax.preprocess(photos, classifier))
 
     Args:
         path: a Hugging Face folder, or a file with its weights (`.safetensors`, `.bin`, `.onnx`).
@@ -75,7 +41,7 @@ def load_classifier(
     return Classifier(model, _head(path, found, model.config.embed_dim, model.config.family))
 
 
-def _head(path: Path, found: Mapping[str, np.ndarray], dim: int, family: str | None) -> Head:
+def _head(path: Path, found: Mapping[str, np.ndarray], dim: int, family: str | None) -> ClassifierHead:
     inputs = dim if family == "dino" else 2 * dim
     weight, bias = found.get("weight"), found.get("bias")
     if weight is None or bias is None or len(found) != 2:
@@ -88,8 +54,9 @@ def _head(path: Path, found: Mapping[str, np.ndarray], dim: int, family: str | N
     if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
         raise UserError(f"{path} holds values that are not finite in its classifier; the file is damaged or diverged")
     names = _class_names(path, read_settings(path), len(bias))
-    kind: Literal["cls", "cls+mean_patch"] = "cls" if family == "dino" else "cls+mean_patch"
-    return Head(jax.device_put(weight.T), jax.device_put(bias), names, kind)
+    head = abstract_head(ClassifierConfig(dim, names, mean_patch=family != "dino"))
+    assert isinstance(head, ClassifierHead)
+    return fill(head, {"weight": weight, "bias": bias})
 
 
 def _class_names(path: Path, settings: Mapping[str, Any], count: int) -> tuple[str, ...]:

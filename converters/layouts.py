@@ -80,6 +80,15 @@ def classifier_of_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, np.ndar
     return {name.removeprefix(_CLASSIFIER): to_numpy(name, tensor) for name, tensor in tensors.items()}
 
 
+def unwrapped(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The dictionary of named tensors inside the dictionaries of a training checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    return _unwrap(checkpoint, "state_dict")[0]
+
+
 def left_out(checkpoint: Mapping[str, Any], which: str) -> str | None:
     """One sentence on which of several networks is taken; None if the checkpoint leaves no choice.
 

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 from jaxtyping import DTypeLike
@@ -14,8 +14,9 @@ from jaxtyping import DTypeLike
 from converters.cache import cache_folder
 from converters.dinov3.hugging_face import stated_fields
 from converters.dinov3.official import LICENSE, TERMS, where_to_get
-from converters.download import download, raise_unless_room
+from converters.download import raise_unless_room
 from converters.exports.outputs import described_preprocessing
+from converters.heads import DepthHead, ImagenetHead, load_published_head, raise_unless_published, split_name
 from converters.huggingface.positions import Positions, difference_from_transformers, with_positions
 from converters.huggingface.settings import (
     num_heads_beside,
@@ -24,12 +25,15 @@ from converters.huggingface.settings import (
     read_settings,
 )
 from converters.layouts import classifier_of_checkpoint, has_hugging_face_names, left_out, with_mask_token
-from converters.sources import HOST, SOURCES
+from converters.published import fetch_source
+from converters.sources import SOURCES
 from converters.torch_to_flax import from_torch
 from converters.weight_files.optional import import_torch
 from converters.weight_files.state_dicts import read_state_dict
 from dinojax.documents import sha256_of_file
-from dinojax.errors import UserError
+from dinojax.errors import UserError, require
+from dinojax.heads.classifier import Classifier, ClassifierHead
+from dinojax.heads.depth import DepthEstimator
 from dinojax.models.config import ViTConfig
 from dinojax.models.files import is_model_folder, load, named_parameters, save, shipped_folder
 from dinojax.models.variants import SATELLITE_MEAN, SATELLITE_STD, VARIANTS, is_satellite
@@ -38,23 +42,56 @@ from dinojax.models.vit import VisionTransformer
 _SHOWN_DIFFERENCES = 4
 
 
+class _Options(TypedDict, total=False):
+    """What `load_pretrained` takes with and without a head."""
+
+    weights: str | Path | None
+    head_weights: str | Path | None
+    max_depth: float | None
+    cache_dir: str | Path | None
+    dtype: DTypeLike | None
+    positions: Positions | None
+
+
+@overload
+def load_pretrained(name: str, *, head: None = None, **options: Unpack[_Options]) -> VisionTransformer: ...
+
+
+@overload
+def load_pretrained(name: str, *, head: ImagenetHead, **options: Unpack[_Options]) -> Classifier: ...
+
+
+@overload
+def load_pretrained(name: str, *, head: DepthHead, **options: Unpack[_Options]) -> DepthEstimator: ...
+
+
 def load_pretrained(
     name: str,
     *,
+    head: str | None = None,
     weights: str | Path | None = None,
+    head_weights: str | Path | None = None,
+    max_depth: float | None = None,
     cache_dir: str | Path | None = None,
     dtype: DTypeLike | None = None,
     positions: Positions | None = None,
-) -> VisionTransformer:
+) -> VisionTransformer | Classifier | DepthEstimator:
     """A published model by its torch.hub name, such as "dinov2_vits14", or "dinojax_vitt", which is in the package.
 
     The first call downloads the official file, converts it and stores the result. Later calls read the result, without
-    torch and without the network.
+    torch and without the network. The same holds for the head, if there is one.
 
     Args:
-        name: a key of `dinojax.VARIANTS`.
+        name: a key of `dinojax.VARIANTS`; or a classifier of torch.hub, such as "dinov2_vits14_lc", which stands for
+            the head "imagenet-linear4".
+        head: a published head to put on the model: "imagenet-linear" and "imagenet-linear4" classify; "nyu-linear",
+            "nyu-linear4", "nyu-dpt" and the same with "kitti" estimate depth. The 4 stands for tokens of four blocks.
         weights: a local file instead of the download and the cache: `.pth`, `.safetensors`, `.onnx`, a Hugging Face
             folder, or a folder written by `dinojax.save`. It must have the architecture of `name`.
+        head_weights: the same for the head, `.pth` or `.safetensors` under upstream's names; for DPT also a Hugging
+            Face folder with DPTForDepthEstimation.
+        max_depth: largest depth in metres of a depth head. None is that of the training: 10 for NYU, 80 for KITTI.
+            torch.hub spreads the bins of the linear NYU heads up to 80 m, a mistake that `max_depth=80` repeats.
         cache_dir: folder of downloads and converted models; None takes `$DINOJAX_CACHE`, or else `~/.cache/dinojax`.
             `$DINOJAX_WEIGHTS_URL` names a mirror of https://dl.fbaipublicfiles.com.
         dtype: of the parameters and of the computation, such as jnp.bfloat16; None is float32.
@@ -63,14 +100,25 @@ def load_pretrained(
             by `dinojax.save` states its own.
 
     Returns:
-        The model. It carries its preprocessing, see `dinojax.preprocess`.
+        The model; with a head, a `dinojax.heads.Classifier` or `DepthEstimator`. It carries its preprocessing, see
+        `dinojax.preprocess`.
 
     Raises:
-        UserError: the name is unknown; the download fails; the file is damaged, holds code, has another architecture or
-            values that are not finite; or torch is needed and missing.
+        UserError: the name is unknown, or no such head was published for it; the download fails; the file is damaged,
+            holds code, has another architecture or values that are not finite; or torch is needed and missing.
     """
+    name, chosen = split_name(name, head)
     variant(name)
-    model = _positioned(_load(name, weights, cache_dir), positions)
+    if chosen is None:
+        given = {"head_weights": head_weights, "max_depth": max_depth}
+        for setting, value in given.items():
+            require(value is None, setting, value, "of any use without head=")
+        model: VisionTransformer | Classifier | DepthEstimator = _positioned(_load(name, weights, cache_dir), positions)
+        return model if dtype is None else model.astype(dtype)
+    raise_unless_published(name, chosen)
+    loaded = load_published_head(name, chosen, weights=head_weights, max_depth=max_depth, cache_dir=cache_dir)
+    backbone = _positioned(_load(name, weights, cache_dir), positions)
+    model = Classifier(backbone, loaded) if isinstance(loaded, ClassifierHead) else DepthEstimator(backbone, loaded)
     return model if dtype is None else model.astype(dtype)
 
 
@@ -114,19 +162,13 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
     if source is None:
         raise UserError(f"no weights were published for {name}; published are {', '.join(SOURCES)}")
     import_torch()  # before minutes of download, not after
-    file = cache_folder(cache_dir) / "downloads" / source.filename
-    if file.is_file():
-        return file
-    mirror = (os.environ.get("DINOJAX_WEIGHTS_URL") or HOST).rstrip("/")
-    try:
-        return download(f"{mirror}/{source.path}", file, size=source.size, sha256=source.sha256)
-    except UserError as error:
-        raise UserError(
-            f"{name} is not in {cache_folder(cache_dir)} and its download failed: {error}. Other ways: get "
-            f"{source.url} on another machine and pass the file (weights=FILE, --weights FILE), or set "
-            "DINOJAX_WEIGHTS_URL to a mirror; dinojax_vitt comes with the package and needs no network (--weights "
-            "dinojax_vitt)"
-        ) from error
+    return fetch_source(
+        name,
+        source,
+        cache_dir,
+        flags="weights=FILE, --weights FILE",
+        otherwise="; dinojax_vitt comes with the package and needs no network (--weights dinojax_vitt)",
+    )
 
 
 def fetch_converted(

@@ -9,6 +9,10 @@ Upstream publishes neither sizes nor checksums. Those below were recorded by oth
 - DINOv2, sizes: catalogues and lock files that give bytes and the same SHA-256 together.
 - dino_vits8: a converter that pins both and refuses other downloads.
 - The other DINO files: only MD5 sums are on record, so only the announced length is compared.
+- Heads: no record was found, so only the announced length is compared.
+
+Paths of heads: facebookresearch/dinov2 b8931f7 `dinov2/hub/classifiers.py` and `depthers.py`, facebookresearch/dino
+7c446df `utils.load_pretrained_linear_weights`.
 """
 
 import dataclasses
@@ -86,3 +90,33 @@ SOURCES: MappingProxyType[str, Source] = MappingProxyType(
         ),
     }
 )
+
+IMAGENET_HEADS = ("imagenet-linear", "imagenet-linear4")
+DEPTH_HEADS = tuple(f"{data}-{kind}" for data in ("nyu", "kitti") for kind in ("linear", "linear4", "dpt"))
+
+
+def _dinov2_head(stem: str, head: str) -> Source:
+    part = head.removeprefix("imagenet-").replace("-", "_")
+    return Source(f"dinov2/{stem.removesuffix('_reg4')}/{stem}_{part}_head.pth")
+
+
+def _dino_head(stem: str) -> Source:
+    return Source(f"dino/{stem}_pretrain/{stem}_linearweights.pth")
+
+
+_SIZES = tuple("sblg")
+HEAD_SOURCES: MappingProxyType[tuple[str, str], Source] = MappingProxyType(
+    {(f"dino_vits{patch}", "imagenet-linear"): _dino_head(f"dino_deitsmall{patch}") for patch in (16, 8)}
+    | {(f"dino_vitb{patch}", "imagenet-linear"): _dino_head(f"dino_vitbase{patch}") for patch in (16, 8)}
+    | {
+        (f"dinov2_vit{size}14", head): _dinov2_head(f"dinov2_vit{size}14", head)
+        for size in _SIZES
+        for head in (*IMAGENET_HEADS, *DEPTH_HEADS)
+    }
+    | {
+        (f"dinov2_vit{size}14_reg", head): _dinov2_head(f"dinov2_vit{size}14_reg4", head)
+        for size in _SIZES
+        for head in IMAGENET_HEADS
+    }
+)
+"""Backbone and head → its file. No depth heads were published for models with registers."""

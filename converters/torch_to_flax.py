@@ -108,11 +108,16 @@ def fill(module: Network, state: Mapping[str, np.ndarray]) -> Network:
         UserError: a missing, extra or misshapen tensor; the message has upstream's names.
     """
     rules = {path: _rule(path, param.shape) for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param))}
-    expected = {rule.name: rule.shape for rule in rules.values()}
-    raise_unless_same(expected, {name: array.shape for name, array in state.items()})
+    raise_unless_same(official_shapes(module), {name: array.shape for name, array in state.items()})
     return with_parameters(
         module, {".".join(map(str, path)): state[rule.name].transpose(rule.axes) for path, rule in rules.items()}
     )
+
+
+def official_shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Official name → shape of each parameter of a module (real or abstract) in torch's layout."""
+    rules = (_rule(path, param.shape) for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param)))
+    return {rule.name: rule.shape for rule in rules}
 
 
 def to_torch(module: nnx.Module) -> dict[str, np.ndarray]:

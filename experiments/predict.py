@@ -1,16 +1,21 @@
-"""Classifies images, or their pixels, with what a run of cifar10_probe, finetune_folder or dense has saved.
+"""Classes, masks or depth of photos, with what a run of cifar10_probe, finetune_folder or dense saved, or published.
 
     python -m experiments.predict cat.jpg --run runs/cifar10_probe/20250101-120000
     python -m experiments.predict path/to/images --run RUN_DIR --classifiers linear,knn
     python -m experiments.predict photo.jpg --run runs/dense/20250101-120000 --image-size 1024
+    python -m experiments.predict path/to/images --weights dinov2_vits14_lc
+    python -m experiments.predict path/to/images --weights dinov2_vits14 --head nyu-dpt
 
-Nothing is trained. The backbone must be the one of the run, down to its last parameter. A folder is searched at any
-depth; its files that are not readable images are named and left out. The output folder gets predictions.csv,
-predictions.png with the first 12 images, and config.json.
+Nothing is trained. With --run, the backbone must be the one of the run, down to its last parameter. A folder is
+searched at any depth; its files that are not readable images are named and left out. The output folder gets
+predictions.csv, predictions.png with the first 12 images, and config.json.
 
 With a run of `dinojax dense`, each photo gets NAME_mask.png, class indices with the classes' colours as palette, or
 NAME_depth.npy in metres, at the photo's own size, and NAME_overlay.png. A photo that is larger than the head's windows
 is cut into overlapping ones, whose scores are blended; memory does not grow with their number.
+
+A published depth head writes NAME_depth.npy (metres) and NAME_depth.png (16 bits) of each photo at its own size,
+depth.png with the first 12 photos, and config.json with the units of the PNG files.
 """
 
 import dataclasses
@@ -25,6 +30,7 @@ import tyro
 from dinojax.commands import exit_on_user_error
 from dinojax.errors import UserError
 from experiments.features.backbones import is_random, load_backbone, short_name
+from experiments.published.command import PublishedSettings
 from experiments.runs.command_line import command_line
 from experiments.runs.kinds import Kind, kind_of
 from experiments.runs.settings import (
@@ -52,16 +58,18 @@ class RunBackbone(BatchSettings):
     """The backbone of the run."""
 
     weights: str | None = None
-    """Present place of the backbone. None takes the place that the run has recorded."""
+    """Present place of the backbone of --run; None takes the place that the run has recorded. Without --run, a
+    published classifier such as dinov2_vits14_lc, or the model under --head."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseInference:
-    """How photos go through a head of `dinojax dense`. Classifiers take none of these."""
+    """How photos go through a head of `dinojax dense`. Classifiers of runs take none of these."""
 
     image_size: Annotated[int | None, POSITIVE] = None
     """Pixels that the shorter side of each photo is resized to. None takes the size of the run. A larger one shows
-    smaller things, in more windows."""
+    smaller things, in more windows. Published classifiers take the centre of this side, None is 224; published depth
+    heads resize to it, None keeps photos below 480 px and resizes larger ones to that."""
     scales: tuple[float, ...] | None = None
     """Sizes of the photos as multiples of --image-size, whose predictions are averaged. None takes those of the run."""
     overlap: Annotated[float | None, BELOW_ONE] = None
@@ -73,42 +81,78 @@ class PredictionFolders(FolderSettings):
     """The folders that are written to."""
 
     out: Annotated[Path | None, UNIMPORTANT] = None
-    """Output folder. None takes RUN/predictions/<date-time>."""
+    """Output folder. None takes RUN/predictions/<date-time>, and runs/predict/<date-time> without --run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Classes and probabilities of images."""
+    """Classes, probabilities or depth of images."""
 
     image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     """An image file (JPEG, PNG, WebP and others), or a folder of them."""
-    run: Path
-    """Run folder of `dinojax probe`, `dinojax finetune` or `dinojax dense`, or the folder of one mode of the second."""
+    run: Path | None = None
+    """Run folder of `dinojax probe`, `dinojax finetune` or `dinojax dense`, or the folder of one mode of the second.
+    None takes a published head."""
     classifiers: str = "all"
     """Comma-separated classifiers that the run has saved, such as linear,knn, or all of them."""
     model: Flags[RunBackbone] = RunBackbone()
     dense: Flags[DenseInference] = DenseInference()
+    published: Flags[PublishedSettings] = PublishedSettings()
     output: Flags[PredictionFolders] = PredictionFolders()
 
 
-def run(config: Config) -> "dict[str, Prediction] | dict[str, Path]":
+def run(config: Config) -> dict[str, Any]:
     """Classifies the readable images, in the order of their names; returns the predictions of each classifier.
 
-    With a run of `dinojax dense`, it writes a mask or a depth map of each, and returns their files by photo.
+    With a run of `dinojax dense`, it writes a mask or a depth map of each, and returns their files by photo. A
+    published depth head returns least and largest depth of each.
 
     Raises:
-        UserError: images, a run or a classifier that does not exist, or a backbone that is not the run's.
+        UserError: images, a run, a classifier or a head that does not exist, or a backbone that is not the run's.
     """
+    check_bounds(config)
+    if config.run is None:
+        return _predict_published(config)
+    given = [name for name, value in vars(config.published).items() if value is not None]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} is for published heads; leave --run out, or leave it out")
+    if kind_of(config.run.expanduser()) is Kind.DENSE:
+        return dict(_dense(config))
+    return _predict_with_run(config, config.run)
+
+
+def _predict_published(config: Config) -> dict[str, Any]:
+    from dinojax.heads import Classifier
+    from experiments.data.files import readable_images
+    from experiments.published import command
+    from experiments.runs import records
+
+    weights, path = config.model.weights, config.image.expanduser()
+    if not command.is_published(weights, config.published):
+        raise UserError(
+            "nothing says what to predict: name a run of yours (--run RUN_DIR), a published classifier (--weights "
+            "dinov2_vits14_lc), or a published head (--weights dinov2_vits14 --head nyu-dpt)"
+        )
+    for name in ("scales", "overlap"):
+        if getattr(config.dense, name) is not None:
+            raise UserError(f"--{name} is for runs of `dinojax dense`, and no --run was given")
+    files = list(readable_images([path]))
+    model = command.load_model(weights, config.published, config.output.cache_dir)
+    out = config.output.out or records.default_run_folder("predict")
+    if isinstance(model, Classifier):
+        root = path if path.is_dir() else path.parent
+        return command.predict_classes(model, files, root, out, flat(config), config.model.batch_size)
+    return command.predict_depth(model, files, out, flat(config))
+
+
+def _predict_with_run(config: Config, run_folder: Path) -> dict[str, "Prediction"]:
     from experiments.probing.classifiers import load_classifiers, read_index, run_with_classifiers
     from experiments.runs import records
 
-    check_bounds(config)
-    if kind_of(config.run.expanduser()) is Kind.DENSE:
-        return _dense(config)
     for name, value in flat(config.dense).items():
         if value is not None:
             raise UserError(f"--{name.replace('_', '-')} is for runs of `dinojax dense`, which {config.run} is not")
-    folder = run_with_classifiers(config.run.expanduser())
+    folder = run_with_classifiers(run_folder.expanduser())
     index = read_index(folder)
     if "normalisation" not in index:
         raise UserError(

@@ -6,6 +6,7 @@ DINO is a plain ViT at Hugging Face, and DINOv2 has names of its own; DINOv3's a
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,23 @@ _OFFICIAL = [
     )
 ]
 _FUSED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.gate_proj", "mlp.up_proj")}
+
+# The head of DPTForDepthEstimation on a Dinov2 → the official names.
+_OFFICIAL_DPT = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^neck\.reassemble_stage\.layers\.(\d+)\.projection\.", r"reassemble_blocks.projects.\1.conv."),
+        (r"^neck\.reassemble_stage\.layers\.(\d+)\.resize\.", r"reassemble_blocks.resize_layers.\1."),
+        (r"^neck\.reassemble_stage\.", "reassemble_blocks."),
+        (r"^neck\.convs\.(\d+)\.", r"convs.\1.conv."),
+        (r"^neck\.fusion_stage\.layers\.", "fusion_blocks."),
+        (r"^(fusion_blocks\.\d+)\.projection\.", r"\1.project.conv."),
+        (r"\.residual_layer(\d)\.convolution(\d)\.", r".res_conv_unit\1.conv\2.conv."),
+        (r"^head\.projection\.", "project.conv."),
+        (r"^head\.head\.", "conv_depth.head."),
+    )
+]
+_UNUSED_DPT = "neck.fusion_stage.layers.0.residual_layer1."  # the coarsest map has no finer one to add to
 
 # Official names → those of Hugging Face's files, which every version of transformers reads.
 _TO_HUGGING_FACE = (
@@ -72,6 +90,18 @@ def from_hugging_face(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             names = [name.replace(parts[0], part) for part in parts]
             if all(piece in renamed for piece in names):
                 renamed[name.replace(parts[0], fused)] = np.concatenate([renamed.pop(piece) for piece in names])
+    return renamed
+
+
+def dpt_from_hugging_face(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of the head of DPTForDepthEstimation under official names, without those that are never used."""
+    renamed = {}
+    for name, tensor in state.items():
+        if name.startswith(_UNUSED_DPT):
+            continue
+        for pattern, replacement in _OFFICIAL_DPT:
+            name = pattern.sub(replacement, name)
+        renamed[name] = tensor
     return renamed
 
 

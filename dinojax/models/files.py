@@ -1,12 +1,13 @@
 """Finished models on disk: a folder with `model.safetensors` (every parameter by its dotted path) and `config.json`."""
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,19 +97,30 @@ def save(
     path = Path(path)
     if path.exists() and not is_model_folder(path):
         raise UserError(f"{path} exists and is not a model of dinojax; name another folder")
+    document = {
+        "model": _KIND,
+        "config": model.config.settings(),
+        "preprocessing": dataclasses.asdict(model.preprocessing),
+        "source": dict(source or {}),
+    }
+    return write_folder(model, path, document, dtype=dtype)
+
+
+def write_folder(
+    module: nnx.Module, path: Path, document: Mapping[str, Any], *, dtype: DTypeLike | None = None
+) -> Path:
+    """Writes the parameters of `module` and a document about it to the folder `path`, which is replaced if it exists.
+
+    Raises:
+        UserError: the folder cannot be written, or a parameter overflows `dtype`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        arrays = {name: _stored(name, array, dtype) for name, array in named_parameters(model).items()}
+        arrays = {name: _stored(name, array, dtype) for name, array in named_parameters(module).items()}
         save_file(arrays, partial / WEIGHTS_FILE)
         with (partial / WEIGHTS_FILE).open("rb") as file:
             os.fsync(file.fileno())
-        document = {
-            "model": _KIND,
-            "config": model.config.settings(),
-            "preprocessing": dataclasses.asdict(model.preprocessing),
-            "source": dict(source or {}),
-        }
         write_document(partial / CONFIG_FILE, document, files=[WEIGHTS_FILE])
         if path.exists():
             shutil.rmtree(path)
@@ -141,7 +153,7 @@ def load(path: str | Path) -> VisionTransformer:
     """
     _raise_if_name(str(path))
     path = Path(path)
-    document = _read_config(path, files=[WEIGHTS_FILE])
+    document = read_config(path, files=[WEIGHTS_FILE])
     try:
         config = ViTConfig(**document["config"])
         preprocessing = _preprocessing(document, config)
@@ -172,7 +184,7 @@ def read_source(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: there is no model, or its configuration is damaged.
     """
-    source = _read_config(Path(path), files=[]).get("source", {})
+    source = read_config(Path(path), files=[]).get("source", {})
     return source if isinstance(source, dict) else {}
 
 
@@ -185,28 +197,51 @@ def _preprocessing(document: Mapping[str, Any], config: ViTConfig) -> Preprocess
     return dataclasses.replace(default_preprocessing(config), **kept)
 
 
-def _read_config(path: Path, files: list[str]) -> dict[str, Any]:
-    """The document of a model folder, after checking its hash and those of `files`."""
+def read_config(path: Path, files: list[str]) -> dict[str, Any]:
+    """The document of a model folder, after checking its hash and those of `files`.
+
+    Raises:
+        UserError: there is no model, or something is damaged.
+    """
     if not ((path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file()):
         raise UserError(f"{path} holds no model: {CONFIG_FILE} and {WEIGHTS_FILE} were expected in it")
     return read_document(path / CONFIG_FILE, files=files, remedy=_REMEDY)
 
 
 def _filled(config: ViTConfig, weights: Path) -> VisionTransformer:
-    """The model of `config` with the arrays of a file, whose names and shapes are compared before they are read."""
+    """The model of `config` with the arrays of a file; the number of blocks is compared before it is built."""
+    blocks = {name.split(".")[1] for name in _stored_shapes(weights) if name.startswith("blocks.")}
+    if len(blocks) != config.depth:
+        raise UserError(f"{weights} holds {len(blocks)} blocks and {CONFIG_FILE} says depth {config.depth}")
+    return with_stored_parameters(abstract_model(config), weights)
+
+
+def with_stored_parameters(module: Network, weights: Path) -> Network:
+    """A copy of `module` with the arrays of a file, whose names and shapes are compared before they are read.
+
+    Raises:
+        UserError: the file is damaged, or does not fit.
+    """
+    shapes = _stored_shapes(weights)
+    raise_unless_same(_shapes(module), shapes)
+    with _opened(weights) as file:
+        arrays = {name: file.get_tensor(name) for name in shapes}
+    arrays = {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in arrays.items()}
+    return with_parameters(module, arrays)
+
+
+def _stored_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    with _opened(weights) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+@contextlib.contextmanager
+def _opened(weights: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(weights, "numpy") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
-            blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-            if len(blocks) != config.depth:
-                raise UserError(f"{weights} holds {len(blocks)} blocks and {CONFIG_FILE} says depth {config.depth}")
-            model = abstract_model(config)
-            raise_unless_same(_shapes(model), shapes)
-            arrays = {name: file.get_tensor(name) for name in shapes}
+            yield file
     except (safetensors.SafetensorError, TypeError) as error:  # TypeError: a dtype that numpy does not have
         raise UserError(f"{weights} is damaged or not a model's ({error}); {_REMEDY}") from error
-    arrays = {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in arrays.items()}
-    return with_parameters(model, arrays)
 
 
 def abstract_model(config: ViTConfig) -> VisionTransformer:

@@ -11,13 +11,13 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from dinojax.models.norm import LayerNorm
 from dinojax.models.rope import Rotation, rotate
@@ -25,6 +25,8 @@ from dinojax.precision import at_least_float32
 
 # Upstream truncates at ±2, a hundred standard deviations away, so the plain normal distribution is the same.
 _linear_init = nnx.initializers.normal(0.02)
+
+AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
 
 class Module(nnx.Module):
@@ -36,6 +38,11 @@ class Module(nnx.Module):
         super().__init_subclass__(**options)
         signature = inspect.signature(cls.__init__)
         cls.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def astype(self: AnyModule, dtype: DTypeLike) -> AnyModule:
+        """A copy with parameters of another dtype, in which it computes; jnp.bfloat16 suits GPUs and TPUs."""
+        graphdef, state = nnx.split(self)
+        return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), state))
 
 
 class Linear(nnx.Linear):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from dinojax.models.config import ViTConfig
 from dinojax.models.layers import Block, Module, PatchEmbed
@@ -167,11 +167,6 @@ class VisionTransformer(Module):
             x = block(x, rotation)
         keys = self._split(self.blocks[-1].attention_keys(x))[2]
         return keys.reshape(len(keys), rows, columns, -1)
-
-    def astype(self, dtype: DTypeLike) -> "VisionTransformer":
-        """A copy with parameters of another dtype, in which it computes; jnp.bfloat16 suits GPUs and TPUs."""
-        graphdef, state = nnx.split(self)
-        return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), state))
 
     def rotation(self, height: int, width: int) -> Rotation | None:
         """The rotation of queries and keys for images of `height` × `width` pixels; None for a model with a table."""

@@ -54,15 +54,19 @@ class Whitening(NamedTuple):
     projection: Float64[np.ndarray, "kept dim"]
 
 
-def fit_whitening(features: Float[Array | np.ndarray, "images dim"], *, dim: int | None = None) -> Whitening:
+def fit_whitening(
+    features: Float[Array | np.ndarray, "images dim"], *, dim: int | None = None, centred: bool = True
+) -> Whitening:
     """PCA whitening, learned on images other than those that are searched.
 
     With the covariance C = mean of (x − mean)(x − mean)ᵀ, its eigenvalues λ and eigenvectors v as rows, the projection
     is v / √λ. Eigenvalues below 1e-5 of the largest are raised to it.
 
     Args:
-        features: of other images. Upstream scales them to length 1 before.
+        features: of other images.
         dim: number of directions to keep. None keeps all.
+        centred: False leaves the mean in the features of which C is the mean product, as upstream does; the first
+            direction is then nearly that of the mean.
 
     Raises:
         UserError: fewer than two images, images that are all the same, a `dim` out of range, or a feature that is not
@@ -76,8 +80,8 @@ def fit_whitening(features: Float[Array | np.ndarray, "images dim"], *, dim: int
     if len(array) < 2 or (array == array[:1]).all():
         raise UserError(f"a whitening of {len(array)} images that do not differ cannot be learned; give other images")
     mean = array.mean(axis=0)
-    centred = array - mean[None]
-    variances, directions = np.linalg.eigh(centred.T @ centred / len(array))
+    around = array - mean[None] if centred else array
+    variances, directions = np.linalg.eigh(around.T @ around / len(array))
     variances = np.maximum(variances, _FLOOR * variances[-1])[::-1][:kept]
     return Whitening(mean, directions.T[::-1][:kept] / np.sqrt(variances)[:, None])
 

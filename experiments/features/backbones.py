@@ -125,6 +125,7 @@ def _load_model(weights: str, seed: int, cache_dir: Path | None) -> VisionTransf
             raise UserError(f"{weights}: {hint}{name!r} is not one of {', '.join(VARIANTS)}")
         return VisionTransformer(VARIANTS[name], rngs=nnx.Rngs(seed))
     # This import is here because it loads torch when a PyTorch file is read.
+    from converters.heads import CLASSIFIERS
     from converters.pretrained import load_pretrained, read_model
 
     path = Path(weights).expanduser()
@@ -132,6 +133,10 @@ def _load_model(weights: str, seed: int, cache_dir: Path | None) -> VisionTransf
         return read_model(path, say=print)
     if path.name != weights or path.suffix:
         raise UserError(f"{weights}: there is no such file or folder of weights")
+    if weights in CLASSIFIERS:
+        raise UserError(
+            f"{weights} is a classifier, which dinojax predict takes; the model under it is {CLASSIFIERS[weights]}"
+        )
     return load_pretrained(weights, cache_dir=cache_dir)
 
 

@@ -1,4 +1,4 @@
-"""Figures of what a model sees in images: the attention of every head, its masks, patch PCA and patch similarity.
+"""Figures of what a model sees in images: attention of every head, its masks, patch PCA and similarity, depth.
 
 The colours of an attention map range from its 1st to its 99th percentile (`dinojax.maps.value_range`).
 """
@@ -130,6 +130,39 @@ def save_pca(
         axes = next(sheet.axes)
         _show(axes, pixels, "PCA", MUTED, f"{_share(found.foreground)} foreground")
         axes.imshow(found.rgb, extent=_extent(pixels.shape), interpolation="nearest")
+    save_figure(sheet.figure, path)
+
+
+def save_depth(
+    path: Path,
+    images: Sequence[UInt8[np.ndarray, "_height _width 3"]],
+    depths: Sequence[Float[np.ndarray, "_rows _columns"]],
+    image_names: Sequence[str],
+    *,
+    title: str,
+    note: str,
+) -> None:
+    """Draws images, each beside its depth map; the colours have one range for all of them.
+
+    Args:
+        path: PNG file to write.
+        images: RGB, of any sizes.
+        depths: metres, one map of each image, of any size and its shape.
+        image_names: names to write above the images.
+        title: first line.
+        note: second line.
+    """
+    aspect = float(np.median([pixels.shape[1] / pixels.shape[0] for pixels in images]))
+    side = _LARGE if len(images) == 1 else _MEDIUM if len(images) <= _FEW else _SMALL
+    sheet = _sheet({"": 2 * len(images)}, aspect, title, note, group=2, side=side, bottom=_BAR)
+    low, high = value_range(np.concatenate([depth.ravel() for depth in depths]))
+    for pixels, depth, name in zip(images, depths, image_names):
+        axes = next(sheet.axes)
+        _show(axes, pixels, shorten_middle(name, _letters(axes)))
+        axes = next(sheet.axes)
+        _show(axes, pixels, "depth", MUTED, f"{depth.min():.2f}–{depth.max():.2f} m")
+        _heat(axes, pixels.shape, depth, low, high)
+    _bar(sheet.figure, Normalize(low, high), "metres, from the 1st to the 99th percentile of all maps")
     save_figure(sheet.figure, path)
 
 

@@ -181,20 +181,20 @@ def test_sharded_and_pickled_folders_are_read(tmp_path):
 # slow: the same head on two more backbones
 @pytest.mark.parametrize("kind", ["dinov2", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "dinov2")])
 def test_logits_equal_transformers(folders, kind):
-    model, head = load_classifier(folders[f"{kind} classifier"], positions="huggingface")
-    assert head.class_names == tuple(f"class {index}" for index in range(5))
-    assert head.features == ("cls" if kind == "dino" else "cls+mean_patch")
+    classifier = load_classifier(folders[f"{kind} classifier"], positions="huggingface")
+    assert classifier.class_names == tuple(f"class {index}" for index in range(5))
+    assert classifier.head.config.mean_patch == (kind != "dino")
     theirs = random_model(kind, classes=5)
     for size in ((NATIVE, NATIVE), (98, 56)):
         images = images_of(*size)
-        np.testing.assert_allclose(head(model(images)), outputs(theirs, images).logits, rtol=0, atol=3e-5)
+        np.testing.assert_allclose(classifier(images), outputs(theirs, images).logits, rtol=0, atol=3e-5)
 
 
 def test_a_classifier_is_never_left_out_in_silence(folders, tmp_path, capsys):
     folder = folders["dinov2 classifier"]
     with pytest.warns(UserWarning, match=r"its classifier is left out; converters\.load_classifier"):
         model = read_model(folder)
-    assert np.array_equal(model.norm.bias[...], load_classifier(folder).model.norm.bias[...])
+    assert np.array_equal(model.norm.bias[...], load_classifier(folder).backbone.norm.bias[...])
     main([str(folder), "--out", str(tmp_path / "flax"), "--verify"])
     printed = capsys.readouterr().out
     assert "its classifier is left out" in printed and "(bound 3e-05): equal" in printed

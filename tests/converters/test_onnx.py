@@ -151,10 +151,10 @@ def test_a_classifier_and_the_settings_above_the_folder_onnx_are_read(tmp_path):
     theirs = random_model("dino", classes=5)
     theirs.save_pretrained(tmp_path)
     (tmp_path / "onnx").mkdir()
-    model, head = load_classifier(torch_onnx(theirs, tmp_path / "onnx/model.onnx"))
+    classifier = load_classifier(torch_onnx(theirs, tmp_path / "onnx/model.onnx"))
     images = images_of(NATIVE, NATIVE)
-    assert head.class_names[4] == "class 4"
-    np.testing.assert_allclose(head(model(images)), outputs(theirs, images).logits, rtol=0, atol=3e-5)
+    assert classifier.class_names[4] == "class 4"
+    np.testing.assert_allclose(classifier(images), outputs(theirs, images).logits, rtol=0, atol=3e-5)
     settings = json.loads((tmp_path / "config.json").read_text()) | {"num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(dinojax.UserError, match="computes with 2 attention heads, not with 4"):

@@ -1,0 +1,1 @@
+"""Published heads at work on photos: the classes of ImageNet, and depth."""

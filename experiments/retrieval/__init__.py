@@ -1,0 +1,1 @@
+"""The official evaluations of retrieval and copy detection: folders, features, scores."""
