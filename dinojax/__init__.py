@@ -39,6 +39,7 @@ _MODULES = (
     "checkpoint",
     "dense",
     "finetune",
+    "heads",
     "image_ops",
     "images",
     "maps",
