@@ -129,8 +129,9 @@ def to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
     params = nnx.to_flat_state(nnx.state(module, nnx.Param))
     rules = ((_rule(path, param.shape), param) for path, param in params)
     state = {rule.name: np.asarray(param[...]).transpose(np.argsort(rule.axes)) for rule, param in rules}
-    v3 = isinstance(module, VisionTransformer) and module.config.family == "dinov3"
-    return official(state, module.config) if v3 else state
+    if isinstance(module, VisionTransformer) and module.config.family == "dinov3":
+        return official(state, module.config)
+    return state
 
 
 _DINOV3_EPSILON = 1e-5  # of every LayerNorm in the published models

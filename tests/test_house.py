@@ -16,7 +16,8 @@ ALLOWED = {
     "benchmarks": {"benchmarks", "experiments", "converters", "dinojax"},
 }
 # These work on any arrays, on any devices: they import nothing of ours but the error class and each other.
-ON_THEIR_OWN = ("dinojax.models.layers", "dinojax.models.position", "dinojax.models.rope", "dinojax.pretraining.losses",
+ON_THEIR_OWN = ("dinojax.models.layers", "dinojax.models.norm", "dinojax.models.position", "dinojax.models.rope",
+                "dinojax.pretraining.losses",
                 "dinojax.pretraining.dinov2_losses", "dinojax.pretraining.masking", "dinojax.pretraining.schedules",
                 "dinojax.errors", "dinojax.parallel", "dinojax.precision", "dinojax.image_ops",
                 "dinojax.maps")  # fmt: skip

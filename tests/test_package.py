@@ -26,8 +26,9 @@ def door(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_door_leads_to_every_command():
-    expected = ["probe", "predict", "evaluate", "embed", "visualize", "finetune", "pretrain", "summarize"]
-    assert list(COMMANDS) == [*expected, "search", "duplicates", "cluster", "convert", "demo"]
+    expected = ["probe", "predict", "evaluate", "embed", "visualize", "patches"]
+    expected += ["finetune", "dense", "pretrain", "summarize", "search", "duplicates", "cluster", "convert", "demo"]
+    assert list(COMMANDS) == expected
     assert {module for module, _ in COMMANDS.values()} <= set(python_files())
     assert all(callable(importlib.import_module(module).main) for module, _ in COMMANDS.values())
 

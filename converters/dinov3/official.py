@@ -61,9 +61,9 @@ def without_buffers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
                 continue
         renamed[name] = array
     for gate in [name for name in renamed if re.search(r"\.mlp\.w1\.", name)]:
-        value = gate.replace(".w1.", ".w2.")
-        if value in renamed:
-            renamed[gate.replace(".w1.", ".w12.")] = np.concatenate([renamed.pop(gate), renamed.pop(value)])
+        gated = gate.replace(".w1.", ".w2.")
+        if gated in renamed:
+            renamed[gate.replace(".w1.", ".w12.")] = np.concatenate([renamed.pop(gate), renamed.pop(gated)])
     return renamed
 
 

@@ -294,8 +294,9 @@ class Block(Module):
         drop_order: Int[np.ndarray, " batch"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        options = {"drop_subsets": drop_subsets, "drop_order": drop_order}
-        add = functools.partial(add_branch, rate=self.drop_path_rate, **options)
+        add: Callable[..., Array] = functools.partial(
+            add_branch, rate=self.drop_path_rate, drop_subsets=drop_subsets, drop_order=drop_order
+        )
         x = add(x, self.norm1, lambda x: _scaled(self.ls1, self.attn(x, rotation)), key=attn_key)
         return add(x, self.norm2, lambda x: _scaled(self.ls2, self.mlp(x)), key=mlp_key)
 

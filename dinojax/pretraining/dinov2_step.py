@@ -82,10 +82,10 @@ class DINOv2(Module):
             return features.cls_token, features.patch_tokens
 
         if key is None and not remat:
-            tokens = in_chunks(of_images, self.backbone.config, images, flat_masks)
+            cls_token, patches = in_chunks(of_images, self.backbone.config, images, flat_masks)
         else:
-            tokens = of_images(images, flat_masks)
-        return tuple(unmerge(x, axes) for x in tokens)
+            cls_token, patches = of_images(images, flat_masks)
+        return unmerge(cls_token, axes), unmerge(patches, axes)
 
     def logits(
         self, class_tokens: Float[Array, "*rows dim"], patch_tokens: Float[Array, "*masked dim"]
@@ -299,7 +299,11 @@ def _ask_teacher_in_chunks(
     """`_ask_teacher` without an array of all logits."""
     tokens, patches, masked = _teacher_tokens(teacher, crops, masks, most_masked)
     (head, patch_head), everything = teacher.heads, jnp.ones(tokens.shape[:-1], bool)
-    ways = {"centering": objective.centering, "center_momentum": objective.center_momentum, "chunk": chunk}
+    ways: dict[str, Any] = {
+        "centering": objective.centering,
+        "center_momentum": objective.center_momentum,
+        "chunk": chunk,
+    }
     ask: Callable[..., Any] = functools.partial(targets_in_chunks, temperature=temperature, **ways)
     rows, prototypes, center = ask(head, tokens, everything, centers.classes)
     patch_rows, patch_prototypes, patch_center = ask(patch_head, patches, masked.valid, centers.patches)

@@ -303,8 +303,7 @@ def make_pretrain_steps(
     def one(state: TrainState, images: Array, batch: Batches) -> tuple[TrainState, Metrics]:
         chosen = divide(images[batch.rows])
         views = multi_crop(jax.random.fold_in(crop_key, batch.epochs), chosen, crops, batch.ids)
-        views = [divide(group, axis=1) for group in views]
-        groups = views if crops.local_crops else views[:1]
+        groups = [divide(group, axis=1) for group in (views if crops.local_crops else views[:1])]
         return train_step(state, groups, jax.random.fold_in(drop_key, state.step) if drop_path else None)
 
     def steps(

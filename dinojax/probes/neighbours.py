@@ -180,13 +180,13 @@ def _search(
     together = min(_TEST_ROWS, tests)
     queries = jnp.pad(queries, ((0, -tests % together), (0, 0))).reshape(-1, together, queries.shape[1])
     best = jnp.full((*queries.shape[:2], k), -jnp.inf), jnp.zeros((*queries.shape[:2], k), jnp.int32)
-    if devices > 1:
+    if mesh is not None and devices > 1:
         queries, best = jax.device_put((queries, best), replicated(mesh))
     for start in range(0, total, rows):
         part = np.asarray(train_features[start : start + rows], np.float32)
         check_finite(part)
         padded = np.pad(part - centre, ((0, rows - len(part)), (0, 0)))
-        if devices > 1:
+        if mesh is not None and devices > 1:
             padded = jax.device_put(padded, batch_sharding(mesh))
         best = _merge_neighbours(best, queries, padded, start, len(part), cosine=cosine, mesh=mesh)
     scores, indices = (np.asarray(array).reshape(-1, k)[:tests] for array in best)

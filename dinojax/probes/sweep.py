@@ -130,9 +130,9 @@ def _sweep_on(
     features, labels = (np.asarray(one) for one in train)
     features = np.pad(_flat_rows(features), ((0, -len(features) % mesh.size), (0, 0)))
     given = jax.device_put(jnp.asarray(labels), whole), jax.device_put(key, whole), jax.device_put(rates, whole)
-    train_on = jax.jit(on_mesh(partial(train_heads.__wrapped__, **training, **options), mesh))
+    train_on = jax.jit(on_mesh(partial(train_heads, **training, **options), mesh))
     heads = train_on(jax.device_put(features, batch_sharding(mesh)), *given)
-    evaluate = jax.jit(on_mesh(partial(evaluate_heads.__wrapped__, **options), mesh))
+    evaluate = jax.jit(on_mesh(partial(evaluate_heads, **options), mesh))
     numbers, counts = [], []
     for start in range(0, len(heldout[1]), _ROWS):
         rows = slice(start, start + _ROWS)
