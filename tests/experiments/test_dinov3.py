@@ -70,20 +70,19 @@ def test_every_command_takes_a_dinov3(place, capsys):
     for row, name in enumerate(table.paths):
         expected = model(dinojax.preprocess(place / "photos" / name, model, size=16)).cls_token[0]
         np.testing.assert_allclose(table.arrays["cls"][row], expected, atol=1e-5)
-    search.main([str(photos[3]), "--table", str(place / "table.npz"), "--k", "3", *words(place, "search")])
+    search.main([str(place / "table.npz"), str(photos[3]), "--k", "3", *words(place, "search")])
 
-    visualize.main([str(photos[0]), "--weights", weights, "--save-arrays", *words(place, "figures")])
+    visualize.main([weights, str(photos[0]), "--save-arrays", *words(place, "figures")])
     (arrays,) = (place / "figures").glob("*.npz")
     assert np.load(arrays)["attention"].shape[0] == 1 + TINY.num_heads
 
-    few = ["--max-train", "100", "--max-test", "40", "--epochs", "2", "--image-size", "16"]
-    evaluate.main(["digits", "--weights", weights, *few, "--sweep-steps", "5", "--draws", "1", *words(place, "eval")])
-    cifar10_probe.main(["digits", "--weights", weights, *few, *words(place, "probe")])
-
-    tuned = ["--weights", weights, "--epochs", "2", "--batch-size", "4", "--val-fraction", "0.3", "--mode", "lora"]
-    finetune_folder.main([str(place / "photos"), *tuned, "--image-size", "16", *words(place, "lora")])
-    found = json.loads(next((place / "lora").rglob("metrics.json")).read_text())
-    assert found
+    classes = [str(place / "photos"), "--val-fraction", "0.4"]
+    quick = ["--classifiers", "knn5", "--no-figures"]
+    evaluate.main([weights, *classes, *quick, *words(place, "evaluation")])
+    cifar10_probe.main([*classes, "--weights", weights, *quick, "--image-size", "16", *words(place, "probe")])
+    finetune_folder.main([*classes, "--weights", weights, "--epochs", "2", "--mode", "lora", *words(place, "lora")])
+    for name in ("evaluation/result.json", "probe/metrics.json", "lora/metrics.json"):
+        assert json.loads((place / name).read_text())
     (after,) = (dinojax.load(folder.parent) for folder in (place / "lora").rglob("model/config.json"))
     before, changed = named_parameters(model), named_parameters(after)
     assert before.keys() == changed.keys()
