@@ -119,7 +119,7 @@ def read_table(path: Path) -> ClassTable:
             raise
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"--classes {path} is no table of classes ({reason}); write one class in each line, name or name,r,g,b"
+            f"--classes {path} is not a table of classes ({reason}); write one class in each line, name or name,r,g,b"
         ) from error
     if entries and entries[0][1] is None and entries[0][0].lower() == "name":
         entries = entries[1:]  # the heading of a table of names

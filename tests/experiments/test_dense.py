@@ -183,7 +183,7 @@ MISTAKES = {
     "scales": ({"scales": (0.0,)}, "--scales"),
     "range": ({"task": "depth", "min_depth": 5.0}, "reach 3 m, not above --min-depth 5"),
     "folder": ({"folder": "nowhere"}, "there is no such folder"),
-    "table": ({"classes": "nowhere.csv"}, "nowhere.csv is no table of classes"),
+    "table": ({"classes": "nowhere.csv"}, "nowhere.csv is not a table of classes"),
 }
 
 

@@ -253,7 +253,7 @@ def check_augmented() -> None:
 
 
 def check_checkpoints() -> None:
-    """A state moves from mesh to mesh; on the same mesh the run goes on bit for bit."""
+    """A state moves from mesh to mesh; on the same mesh the run continues bit for bit."""
     import tempfile
 
     import jax

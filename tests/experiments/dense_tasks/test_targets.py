@@ -85,7 +85,7 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path, text):
 @pytest.mark.parametrize("text", ['{"a": 1}', "[[[[", '[{"colour": [1, 2, 3]}]', "[1, 2]"])
 def test_json_that_is_no_table_is_one_sentence(tmp_path, text):
     (tmp_path / "t.json").write_text(text)
-    with pytest.raises(UserError, match="is no table of classes"):
+    with pytest.raises(UserError, match="is not a table of classes"):
         read_table(tmp_path / "t.json")
 
 
