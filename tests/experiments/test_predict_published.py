@@ -65,12 +65,12 @@ def test_the_five_likeliest_classes_are_printed_written_and_drawn(place, capsys)
     image = Image.open(place / "photos/a.png").resize((48, 32), Image.Resampling.BICUBIC).crop((10, 2, 38, 30))
     logits = np.asarray(model(dinojax.normalize(np.asarray(image)[None], model)), np.float64)[0]
     shares = np.exp(logits) / np.exp(logits).sum()
-    for row, index in zip(rows, np.argsort(-shares)):
+    for row, index in zip(rows[:5], np.argsort(-shares)):
         assert row["class"] == imagenet_classes()[index]
         assert float(row["probability"]) == pytest.approx(shares[index], abs=2e-6)
     said = capsys.readouterr().out
     assert said.count(rows[0]["class"].split(",")[0]) >= 1 and "sub/a.png" in said
-    assert min(Image.open(place / "out/predictions.png").size) > 200
+    assert min(np.asarray(Image.open(place / "out/predictions.png")).shape[:2]) > 200
 
 
 def test_depth_is_written_in_metres_and_in_16_bits_at_the_size_of_the_photo(place, capsys):
@@ -87,7 +87,7 @@ def test_depth_is_written_in_metres_and_in_16_bits_at_the_size_of_the_photo(plac
         assert counts.dtype in (np.uint16, np.int32) and counts.shape == pixels.shape[:2]
         assert np.abs(counts / 1000 - depth).max() <= 0.00051
     assert json.loads((place / "out/config.json").read_text())["png_units_per_metre"] == 1000
-    assert min(Image.open(place / "out/depth.png").size) > 200
+    assert min(np.asarray(Image.open(place / "out/depth.png")).shape[:2]) > 200
     assert "a_2  " in capsys.readouterr().out
 
 
