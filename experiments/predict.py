@@ -146,6 +146,7 @@ def _predict_published(config: Config) -> dict[str, Any]:
 
 
 def _predict_with_run(config: Config, run_folder: Path) -> dict[str, "Prediction"]:
+    from dinojax.parallel import make_mesh
     from experiments.probing.classifiers import load_classifiers, read_index, run_with_classifiers
     from experiments.runs import records
 
@@ -164,7 +165,8 @@ def _predict_with_run(config: Config, run_folder: Path) -> dict[str, "Prediction
     out = config.output.out or folder / "predictions" / time.strftime("%Y%m%d-%H%M%S")
     with records.run_folder(out) as partial:
         features = _features(config, index, split)
-        found = {classifier.name: classifier.predict(features) for classifier in classifiers}
+        mesh = make_mesh(config.model.mesh)
+        found = {classifier.name: classifier.predict(features, mesh) for classifier in classifiers}
         _write_csv(partial / "predictions.csv", split, found, index["class_names"])
         records.write_json(partial / records.CONFIG_FILE, flat(config))
     _print(split, found, index)
