@@ -98,6 +98,7 @@ def test_dpt_equals_transformers(tiny, files, theirs, size):
         np.testing.assert_allclose(found, expected, rtol=0, atol=BOUND)
 
 
+@pytest.mark.slow  # compiles the network in another precision
 def test_dpt_is_the_same_function_in_float64(theirs):
     model, size = copy.deepcopy(theirs).double(), SIZES[0]
     with jax.enable_x64(True), torch.no_grad():
@@ -109,7 +110,8 @@ def test_dpt_is_the_same_function_in_float64(theirs):
         head = heads.fill(abstract_head(DPTConfig(64, (2, 5, 8, 11))), state)
         found = DepthEstimator(backbone, head)(images)
         assert found.dtype == jnp.float64
-        np.testing.assert_allclose(found, torch_heads.finished(depth + 0.001, size, 10.0), rtol=0, atol=1e-9)
+        # transformers resizes the position table in float32.
+        np.testing.assert_allclose(found, torch_heads.finished(depth + 0.001, size, 10.0), rtol=0, atol=5e-9)
 
 
 def linear_reference(theirs, state, images, most, **changes) -> np.ndarray:
@@ -169,6 +171,7 @@ def test_classifiers_equal_torch(theirs, blocks):
     np.testing.assert_allclose(Classifier(backbone, head)(images), expected, rtol=0, atol=BOUND)
 
 
+@pytest.mark.slow  # compiles the network in another precision
 def test_half_precision_stays_near(tiny, files):
     images = images_of(*SIZES[0], count=1)
     full, half = (np.asarray(estimator(files, "nyu-linear4", dtype=d)(images)) for d in (None, jnp.bfloat16))

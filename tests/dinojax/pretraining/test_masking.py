@@ -227,11 +227,11 @@ import sys
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dinojax.pretraining.masking import BlockMasking, block_masks
 
-shards = NamedSharding(jax.make_mesh((4,), ("data",)), PartitionSpec("data"))
+shards = NamedSharding(jax.make_mesh((4,), ("data",), (AxisType.Auto,)), PartitionSpec("data"))
 
 
 def draw(key, images):

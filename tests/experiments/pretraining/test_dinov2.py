@@ -70,6 +70,7 @@ def test_a_run_of_dinov2_resumes_bit_for_bit_and_logs_every_term(tmp_path):
     assert result["class_cross_entropy"] == steps[-1]["class_cross_entropy"]
 
 
+@pytest.mark.slow  # a whole training, which compiles for the heads and for everything
 def test_the_training_starts_from_the_weights_and_warms_up_the_heads_alone(weights, tmp_path):
     model, init = weights
     config = settings(tmp_path, init=init, heads_warmup=2, backbone_rate=0.5, epochs=2 + 1, keep=9)

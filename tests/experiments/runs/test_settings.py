@@ -106,7 +106,7 @@ def test_a_value_outside_its_bound_is_refused_by_flag_and_value(flags, sentence)
 
 
 def test_settings_that_change_no_number_are_marked_at_the_field():
-    assert unimportant(Config) == {"data_dir", "out", "cache_dir"}
+    assert unimportant(Config) == {"data_dir", "out", "cache_dir", "mesh"}
 
 
 def test_the_help_shows_flowing_descriptions_and_the_command(capsys, monkeypatch):
