@@ -97,6 +97,7 @@ def test_commands_never_import_each_other():
     ],
     ids=" ".join,
 )
+@pytest.mark.slow  # starts every module in a process of its own
 def test_starting_loads_no_heavy_library(command):
     code = (
         "import runpy, sys; argv = sys.argv[1:]\n"

@@ -63,6 +63,7 @@ def test_the_version_is_the_package_s():
     assert door("--version").stdout == f"dinojax {dinojax.__version__}\n"
 
 
+@pytest.mark.slow  # starts two commands
 def test_a_command_behind_the_door_is_its_module():
     through = door("summarize", "no/such/run")
     direct = run_in(ROOT, sys.executable, "-m", "experiments.summarize", "no/such/run")

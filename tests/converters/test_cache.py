@@ -30,6 +30,7 @@ def test_a_flag_comes_before_the_environment_and_that_before_the_home(monkeypatc
 
 
 @pytest.mark.parametrize(("place", "code"), [(None, 2), ("cache", 0)])
+@pytest.mark.slow  # starts a command that computes features
 def test_without_a_home_a_command_names_the_way_on_or_works(tmp_path, place, code):
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "DINOJAX_CACHE")}
     if place:

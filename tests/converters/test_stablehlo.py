@@ -24,6 +24,7 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.slow  # starts a process of its own
 def test_the_printed_lines_run_it(folder, tmp_path, capsys, record_difference):
     out = tmp_path / "model.stablehlo"
     main([str(folder), "--to", "stablehlo", "--out", str(out), "--size", "42", "--outputs", "attention,patches,cls"])

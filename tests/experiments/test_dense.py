@@ -158,6 +158,7 @@ def test_larger_photos_and_several_scales_are_predicted_at_their_own_size(place,
         assert image.size == (130, 75)
 
 
+@pytest.mark.slow  # a whole training
 def test_depth_is_learned_scored_and_written(place, tmp_path):
     dense.run(config(place, task="depth", bins=16, out=tmp_path / "run", scales=(1.0, 1.5)))
     result = json.loads((tmp_path / "run" / "result.json").read_text())

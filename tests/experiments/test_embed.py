@@ -233,6 +233,7 @@ def test_patch_maps_that_the_disk_has_no_room_for_are_refused(weights, photos, t
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["cls", "dense"])
+@pytest.mark.slow  # kills a command among 1,200 images, and runs it again
 def test_killed_and_resumed_it_writes_the_same_bytes(weights, tmp_path, dense):
     """SIGKILL, which no program can answer, after the first block."""
     count = 1200  # three blocks

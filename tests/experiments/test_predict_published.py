@@ -73,6 +73,7 @@ def test_the_five_likeliest_classes_are_printed_written_and_drawn(place, capsys)
     assert min(np.asarray(Image.open(place / "out/predictions.png")).shape[:2]) > 200
 
 
+@pytest.mark.slow  # compiles a DPT head
 def test_depth_is_written_in_metres_and_in_16_bits_at_the_size_of_the_photo(place, capsys):
     predict.main(arguments(place, "nyu-linear"))
     model = load_pretrained(

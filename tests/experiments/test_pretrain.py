@@ -88,6 +88,7 @@ def wait_for_step(folder, step, process):
         time.sleep(0.005)
 
 
+@pytest.mark.slow  # two trainings, one of them killed and resumed
 def test_a_run_stopped_then_killed_equals_the_uninterrupted_one_bit_for_bit(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     stopped = start(folder)
@@ -135,6 +136,7 @@ def test_the_evaluation_follows_the_training_and_agrees_with_its_k_nn(uninterrup
     assert (folder / "evaluation" / "result.json").stat().st_mtime_ns == shown
 
 
+@pytest.mark.slow  # compiles a training of real size
 def test_ctrl_c_does_not_wait_for_the_compiler(tmp_path):
     """The process ends before the step is compiled, as JAX's own log says, and leaves nothing half-written."""
     process = start(tmp_path / "run", JAX_ENABLE_COMPILATION_CACHE="0", JAX_LOG_COMPILES="1")
@@ -219,6 +221,7 @@ def test_a_state_that_overflows_is_not_sound():
         assert not is_sound(broken)
 
 
+@pytest.mark.slow  # compiles a training of its own
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_intact(tmp_path):
     """The teacher's temperature falls to nothing in the third epoch; the way back is tried too."""
     config = settings(out=tmp_path / "run", warmup_teacher_temp_epochs=3, teacher_temp=1e-40)
@@ -250,6 +253,7 @@ def test_collapse_is_named_after_the_warm_up(tmp_path, capfd):
     assert "collapse" in json.loads((folder / "result.json").read_text())["collapse"]
 
 
+@pytest.mark.slow  # compiles a training of its own
 def test_stopping_after_minutes_saves(tmp_path, capsys):
     result = pretrain(settings(out=tmp_path / "run", minutes=1e-9))
     folder = result.folder

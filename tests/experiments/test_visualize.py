@@ -217,6 +217,7 @@ def test_the_colours_of_attention_range_over_its_percentiles(tmp_path, monkeypat
 
 @pytest.mark.parametrize(("height", "width"), [(32, 320), (48, 40), (320, 32)])
 @pytest.mark.parametrize("heads", [3, 16])
+@pytest.mark.slow  # draws every figure
 def test_nothing_in_a_figure_overlaps_and_images_keep_their_aspect(tmp_path, monkeypatch, height, width, heads):
     figures = []
     monkeypatch.setattr(map_figures, "save_figure", lambda figure, path: figures.append(figure))
