@@ -44,7 +44,7 @@ def difference_from_transformers(config: ViTConfig) -> str | None:
     if config.family == "dinov3":
         return (
             "periods of the rotation are rounded to bfloat16, as the file holds them; transformers does not round, "
-            "and its outputs differ by about 1e-2"
+            "and its outputs differ from about the third decimal on"
         )
     return (
         f"positions are resized as in upstream's code, with its +0.1; transformers resizes without it, and at other "
